@@ -1,0 +1,55 @@
+# `make demo` and `make test` start from a fresh clone, and from any later state of .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS := runs/demo
+PROBE := import importlib.util as i, lightning_iclr; [print(n) for n in ("torch", "lightning", "datasets") if not i.find_spec(n)]
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow lint types docs bench wheel-test clean
+
+demo: .venv/core
+	$(BIN)/lightning-iclr fit --config vit/digits --trainer.default_root_dir $(RUNS)
+	checkpoint=$$(ls -t $(RUNS)/lightning_logs/*/checkpoints/epoch*.ckpt | head -n 1); \
+	$(BIN)/lightning-iclr test --config vit/digits --trainer.default_root_dir $(RUNS) --ckpt_path "$$checkpoint" \
+	  && echo "Pictures to open:" \
+	  && ls "$$(dirname "$$(dirname "$$checkpoint")")"/figures/*.png
+
+test: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+lint: .venv/dev
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+types: .venv/dev
+	$(BIN)/mypy
+
+docs: .venv/dev
+	$(BIN)/mkdocs build --strict --site-dir site
+
+wheel-test: .venv/test
+	maintainers/wheel_test.sh $(BIN)/python
+
+bench: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vit.py speed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vit.py claim
+
+clean:
+	rm -rf .venv runs site dist
+
+# Each stamp installs the package with one more set of extras; it is made again when the pins or the metadata change,
+# or when the environment under it is gone or broken.
+.venv/core: EXTRAS :=
+.venv/test: EXTRAS := [test,tensorboard]
+.venv/dev: EXTRAS := [dev,tensorboard]
+
+.venv/core .venv/test .venv/dev: pyproject.toml constraints.txt $(if $(shell $(BIN)/python -c "$(PROBE)" 2>&1),rebuild)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.$(EXTRAS)'
+	@touch $@
+
+.PHONY: rebuild
+rebuild:

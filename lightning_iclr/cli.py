@@ -1,0 +1,157 @@
+"""The command line: Lightning's own, with recipe names, one-line errors and the command to run next."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_iclr import __version__
+from lightning_iclr._recipes import find_recipe
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run ``fit``, ``validate``, ``test`` or ``predict``; what the user got wrong becomes one line and exit code 2.
+
+    Errors of the user's arguments, data or environment that show before any training are told in a line; one that
+    interrupts the training keeps its traceback. ``--debug`` keeps all tracebacks.
+
+    Args:
+        argv: The arguments after ``lightning-iclr``.
+    """
+    debug = "--debug" in argv
+    arguments = [argument for argument in argv if argument != "--debug"]
+    if debug:
+        ICLRCLI(args=arguments, parser_kwargs={"exit_on_error": False})
+        return
+    try:
+        ICLRCLI(args=arguments)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if _training_began(error):
+            raise
+        _fail(error)
+
+
+class RecipeFile(ActionConfigFile):
+    """``--config`` that also takes a packaged recipe's short name."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            path = find_recipe(values)
+        except FileNotFoundError as error:
+            parser.error(str(error))
+        super().__call__(parser, cfg, path, option_string)  # type: ignore[no-untyped-call]
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line, without the usage of some hundred options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and exit with 2; with ``exit_on_error=False`` raise instead."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        _fail(message)
+
+
+class ICLRCLI(LightningCLI):
+    """Lightning's command line for the packaged recipes.
+
+    A resumed fit keeps the user's model arguments instead of taking the checkpoint's silently. ``test``, ``validate``
+    and ``predict`` want a checkpoint, and ``fit`` ends by printing the command that tests its own.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        defaults: dict[str, Any] = {
+            "seed_everything_default": 0,
+            "auto_configure_optimizers": False,  # modules own configure_optimizers; two ways would clash
+            "save_config_kwargs": {"overwrite": True},  # else a second run into the same log_dir raises
+            "parser_class": OneLineParser,
+        }
+        parser_kwargs = {"version": __version__, **kwargs.pop("parser_kwargs", {})}
+        super().__init__(**{**defaults, **kwargs}, parser_kwargs=parser_kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Build the parser with our ``--config``."""
+        kwargs.setdefault("dump_header", [f"lightning-iclr=={__version__}"])
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe name or YAML file; may be repeated.")
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        # On --ckpt_path Lightning reads the checkpoint's hyper-parameters over the command line's. For test and
+        # predict that is wanted; a fit would silently train another model than the user asked for.
+        if self.config.get("subcommand") != "fit":
+            super()._parse_ckpt_path()
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse to evaluate untrained weights, and name the newest checkpoint."""
+        command = self.config.get("subcommand")
+        if command not in ("validate", "test", "predict") or self.config[command].get("ckpt_path"):
+            return
+        config = self.config[command]
+        newest = newest_checkpoint(Path(config.trainer.default_root_dir or "."), config.model.get("class_path"))
+        if newest is None:
+            _fail(f"{command} needs --ckpt_path FILE, and there is no checkpoint here yet; run `fit` first")
+        _fail(f"{command} needs --ckpt_path; the newest checkpoint here: --ckpt_path {shlex.quote(str(newest))}")
+
+    def after_fit(self) -> None:
+        """Print the command that tests what was trained."""
+        folder = self.trainer.log_dir  # agreed on between the ranks: read it on each
+        if self.trainer.checkpoint_callback is not None and folder is not None:
+            _print_next(self.trainer, Path(folder))
+
+
+@rank_zero_only
+def _print_next(trainer: Trainer, folder: Path) -> None:
+    callback = trainer.checkpoint_callback
+    checkpoint = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
+    if checkpoint and Path(checkpoint).exists():
+        config = folder / "config.yaml"
+        command = ["lightning-iclr", "test", "--config", _short(config), "--ckpt_path", _short(Path(checkpoint))]
+        print(f"\nThe run is in {_short(folder)}; test it with\n  {shlex.join(command)}")
+
+
+def newest_checkpoint(root: Path, class_path: str | None) -> Path | None:
+    """Return the newest checkpoint under a folder of runs.
+
+    Args:
+        root: The Trainer's ``default_root_dir``.
+        class_path: Class of the model; runs of other classes, as their ``config.yaml`` tells, are left out.
+    """
+    found = [
+        path
+        for pattern in ("*/*/checkpoints/*.ckpt", "checkpoints/*.ckpt")
+        for path in root.glob(pattern)
+        if _is_run_of(path.parent.parent / "config.yaml", class_path)
+    ]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _is_run_of(config: Path, class_path: str | None) -> bool:
+    return class_path is None or not config.is_file() or f"class_path: {class_path}" in config.read_text("utf-8")
+
+
+def _short(path: Path) -> str:
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _training_began(error: BaseException) -> bool:
+    """Whether a step of the module's is in the traceback."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name in ("training_step", "optimizer_step", "validation_step", "test_step"):
+            return isinstance(trace.tb_frame.f_locals.get("self"), LightningModule)
+        trace = trace.tb_next
+    return False
+
+
+def _fail(message: object) -> NoReturn:
+    line = " ".join(str(message).split())
+    print(f"lightning-iclr: error: {line}", file=sys.stderr)
+    raise SystemExit(2)
