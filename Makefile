@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: .venv/core
 	$(BIN)/lightning-iclr fit --config vit/digits --trainer.default_root_dir $(RUNS)
-	checkpoint=$$(ls -t $(RUNS)/lightning_logs/*/checkpoints/epoch*.ckpt | head -n 1); \
+	checkpoint=$$(ls -t $(RUNS)/lightning_logs/*/checkpoints/last.ckpt | head -n 1); \
 	$(BIN)/lightning-iclr test --config vit/digits --trainer.default_root_dir $(RUNS) --ckpt_path "$$checkpoint" \
 	  && echo "Pictures to open:" \
 	  && ls "$$(dirname "$$(dirname "$$checkpoint")")"/figures/*.png

@@ -1,15 +1,17 @@
 """The command line: Lightning's own, with recipe names, one-line errors and the command to run next."""
 
+import logging
+import re
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile
-from lightning.pytorch import LightningModule, Trainer
+from jsonargparse._actions import ActionConfigFile
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_iclr import __version__
 from lightning_iclr._recipes import find_recipe
@@ -24,6 +26,10 @@ def run(argv: Sequence[str]) -> None:
     Args:
         argv: The arguments after ``lightning-iclr``.
     """
+    # What every run of the command would say and no user of it can act on.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.", category=FutureWarning)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())
     debug = "--debug" in argv
     arguments = [argument for argument in argv if argument != "--debug"]
     if debug:
@@ -55,7 +61,7 @@ class OneLineParser(LightningArgumentParser):
         """Print what is wrong and exit with 2; with ``exit_on_error=False`` raise instead."""
         if not self.exit_on_error:
             super().error(message, ex)
-        _fail(message)
+        _fail(message if ex is None else ex)
 
 
 class ICLRCLI(LightningCLI):
@@ -78,6 +84,7 @@ class ICLRCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Build the parser with our ``--config``."""
         kwargs.setdefault("dump_header", [f"lightning-iclr=={__version__}"])
+        kwargs.setdefault("allow_abbrev", False)  # else a misspelt key may pass for the beginning of another
         parser = self.parser_class(**kwargs)
         parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe name or YAML file; may be repeated.")
         return parser
@@ -100,20 +107,16 @@ class ICLRCLI(LightningCLI):
         _fail(f"{command} needs --ckpt_path; the newest checkpoint here: --ckpt_path {shlex.quote(str(newest))}")
 
     def after_fit(self) -> None:
-        """Print the command that tests what was trained."""
+        """Keep the final weights, wherever training ended, and print the command that tests them."""
         folder = self.trainer.log_dir  # agreed on between the ranks: read it on each
-        if self.trainer.checkpoint_callback is not None and folder is not None:
-            _print_next(self.trainer, Path(folder))
-
-
-@rank_zero_only
-def _print_next(trainer: Trainer, folder: Path) -> None:
-    callback = trainer.checkpoint_callback
-    checkpoint = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
-    if checkpoint and Path(checkpoint).exists():
-        config = folder / "config.yaml"
-        command = ["lightning-iclr", "test", "--config", _short(config), "--ckpt_path", _short(Path(checkpoint))]
-        print(f"\nThe run is in {_short(folder)}; test it with\n  {shlex.join(command)}")
+        if self.trainer.checkpoint_callback is None or folder is None or self.trainer.fast_dev_run:
+            return
+        checkpoint = Path(folder) / "checkpoints" / "last.ckpt"
+        self.trainer.save_checkpoint(checkpoint, weights_only=False)
+        if self.trainer.is_global_zero:
+            command = ["lightning-iclr", "test", "--config", _short(Path(folder) / "config.yaml")]
+            command += ["--ckpt_path", _short(checkpoint)]
+            print(f"\nThe run is in {_short(Path(folder))}; test it with\n  {shlex.join(command)}")
 
 
 def newest_checkpoint(root: Path, class_path: str | None) -> Path | None:
@@ -151,7 +154,26 @@ def _training_began(error: BaseException) -> bool:
     return False
 
 
-def _fail(message: object) -> NoReturn:
-    line = " ".join(str(message).split())
-    print(f"lightning-iclr: error: {line}", file=sys.stderr)
+def _fail(error: BaseException | str) -> NoReturn:
+    message = _readable(error) if isinstance(error, BaseException) else error
+    print(f"lightning-iclr: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _readable(error: BaseException) -> str:
+    """Return what went wrong and under which key, without the types and values that the parser tried on the way."""
+    keys = ".".join(re.findall(r'Parser key "([^"]+)"', str(error)))
+    while _raised_by_parser(error):
+        inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if inner is None:
+            break
+        error = inner
+    message = re.sub(r'^Parser key "[^"]+":', "", str(error)) or type(error).__name__
+    return f"{keys}: {message}" if keys else message
+
+
+def _raised_by_parser(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("jsonargparse")

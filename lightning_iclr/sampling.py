@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class SampleKey(NamedTuple):
     """What a sampler asks a dataset for.
 
-    Args:
+    Attributes:
         index: Row of the dataset, from 0.
         epoch: Pass over the data, from 0; together with ``index`` it seeds the sample's augmentation.
         padding: Whether the sample only fills up a rank's share in evaluation and must not be counted.
