@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse._actions import ActionConfigFile
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_iclr import __version__
@@ -26,9 +26,9 @@ def run(argv: Sequence[str]) -> None:
     Args:
         argv: The arguments after ``lightning-iclr``.
     """
-    # What every run of the command would say and no user of it can act on.
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.", category=FutureWarning)
+    # What Lightning tells every user of the command, and none can act on.
+    for message in ("LightningCLI's args parameter", "The dirpath has changed", ".*isinstance.treespec, LeafSpec"):
+        warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())
     debug = "--debug" in argv
     arguments = [argument for argument in argv if argument != "--debug"]
@@ -106,17 +106,59 @@ class ICLRCLI(LightningCLI):
             _fail(f"{command} needs --ckpt_path FILE, and there is no checkpoint here yet; run `fit` first")
         _fail(f"{command} needs --ckpt_path; the newest checkpoint here: --ckpt_path {shlex.quote(str(newest))}")
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer, which keeps the final weights."""
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(FinalCheckpoint())  # type: ignore[attr-defined]
+        return trainer
+
     def after_fit(self) -> None:
-        """Keep the final weights, wherever training ended, and print the command that tests them."""
-        folder = self.trainer.log_dir  # agreed on between the ranks: read it on each
-        if self.trainer.checkpoint_callback is None or folder is None or self.trainer.fast_dev_run:
-            return
-        checkpoint = Path(folder) / "checkpoints" / "last.ckpt"
-        self.trainer.save_checkpoint(checkpoint, weights_only=False)
-        if self.trainer.is_global_zero:
-            command = ["lightning-iclr", "test", "--config", _short(Path(folder) / "config.yaml")]
-            command += ["--ckpt_path", _short(checkpoint)]
-            print(f"\nThe run is in {_short(Path(folder))}; test it with\n  {shlex.join(command)}")
+        """Print the command that tests what was trained."""
+        path = final_checkpoint(self.trainer)
+        if path is not None and self.trainer.is_global_zero:
+            folder = path.parent.parent
+            command = [
+                "lightning-iclr",
+                "test",
+                "--config",
+                _short(folder / "config.yaml"),
+                "--ckpt_path",
+                _short(path),
+            ]
+            print(f"\nThe run is in {_short(folder)}; test it with\n  {shlex.join(command)}")
+
+
+class FinalCheckpoint(Callback):
+    """Write ``checkpoints/last.ckpt`` when a fit ends, wherever the recipe's own checkpoint was written last.
+
+    With ``max_steps`` it is written in the last step: once the loop has ended in mid-epoch, Lightning counts that epoch
+    as finished, and a longer run could not go on from there.
+    """
+
+    def __init__(self) -> None:
+        self.saved_step = -1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == trainer.max_steps:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        path = final_checkpoint(trainer)
+        if path is not None and self.saved_step != trainer.global_step:
+            self.saved_step = trainer.global_step
+            trainer.save_checkpoint(path, weights_only=False)
+
+
+def final_checkpoint(trainer: Trainer) -> Path | None:
+    """Return where a fit's final weights are kept; ``None`` for a run without checkpoints."""
+    folder = trainer.log_dir  # agreed on between the ranks: read it on each
+    keeps = trainer.checkpoint_callback is not None and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    return Path(folder) / "checkpoints" / "last.ckpt" if keeps and folder is not None else None
 
 
 def newest_checkpoint(root: Path, class_path: str | None) -> Path | None:

@@ -1,0 +1,119 @@
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from datasets import Dataset
+from PIL import Image
+
+from lightning_iclr.__main__ import main
+from lightning_iclr._recipes import HEADER, list_recipes, recipe_header, recipe_root
+from lightning_iclr.cli import ICLRCLI
+
+OVERLAYS = [name for name in list_recipes() if name.startswith("trainer/")]
+EMBEDDED = [name for name in list_recipes() if recipe_header(name).get("data", "").startswith("embedded")]
+FULL_SCALE = [name for name in list_recipes() if name not in [*OVERLAYS, *EMBEDDED]]
+FAST = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=2",
+        "--trainer.limit_predict_batches=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1",
+        "--trainer.enable_progress_bar=false"]  # fmt: skip
+ONE_CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
+]
+
+
+class Parsed(ICLRCLI):
+    """What the command would build, not built."""
+
+    def instantiate_classes(self):
+        pass
+
+
+def parse(*arguments):
+    return Parsed(args=list(arguments), run=False).config
+
+
+def test_each_kind_of_recipe_is_there():
+    assert [f"trainer/{name}" for name in ("cpu", "ddp", "debug", "fsdp", "gpu", "slurm")] == OVERLAYS
+    assert EMBEDDED[:2] == ["vit/digits", "vit/mnist5k"]
+    assert len(FULL_SCALE) >= 7
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_the_header_says_what_the_table_needs_and_a_command_that_parses(name):
+    lines = (recipe_root() / f"{name}.yaml").read_text().splitlines()
+    assert [re.match(r"# (\w+): \S", line)[1] for line in lines[:5]] == list(HEADER)
+    assert "MEASURED" not in "".join(lines)
+    command = recipe_header(name)["run"].split()
+    arguments = command[command.index("lightning-iclr") + 2 :]
+    assert name in arguments
+    assert parse(*arguments).trainer is not None
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_an_embedded_recipe_trains_tests_and_predicts(name, capsys):
+    main(["fit", "--config", name, *FAST])
+    command = capsys.readouterr().out.splitlines()[-1].split()[1:]
+    main([*command, *FAST])
+    assert "test/loss" in capsys.readouterr().out
+    main(["predict", *command[1:], *FAST])
+    (path,) = Path().rglob("predictions.csv")
+    header, *rows = csv.reader(path.read_text().splitlines())
+    assert header[0] == "image"
+    data = yaml.safe_load((recipe_root() / f"{name}.yaml").read_text())["data"]["init_args"]
+    assert len(rows) == 2 * data["batch_size"]
+    drawn = {path.stem for path in Path("lightning_logs/version_0/figures").iterdir()}
+    assert drawn >= {"attention_distance", "training_curves", "patch_filters", "position_similarity"}
+    assert drawn & {"rollout", "masked_patches"}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_changes_how_a_recipe_runs_and_not_what(name):
+    plain, laid = parse("--config", "vit/digits"), parse("--config", "vit/digits", "--config", name)
+    assert laid.model == plain.model
+    assert laid.data == plain.data
+    overlay = yaml.safe_load((recipe_root() / f"{name}.yaml").read_text())
+    assert list(overlay) == ["trainer"]
+    assert "callbacks" not in overlay["trainer"]
+
+
+@pytest.mark.parametrize("name", ["trainer/cpu", "trainer/debug"])
+def test_an_overlay_for_one_process_runs(name):
+    quick = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
+    main(["fit", "--config", "vit/digits", "--config", name, *quick])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Forty coloured images under every column name that a recipe asks for."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (40, 24, 20, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(array) for array in pixels]
+    labels = [i % 2 for i in range(40)]
+    folder = tmp_path_factory.mktemp("images")
+    for image, label in (("image", "label"), ("img", "label"), ("img", "fine_label")):
+        Dataset.from_dict({image: pictures, label: labels}).to_parquet(folder / f"{image}_{label}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", FULL_SCALE)
+def test_a_full_scale_recipe_fits_two_steps_when_shrunk(name, images):
+    recipe = yaml.safe_load((recipe_root() / f"{name}.yaml").read_text())
+    data = recipe["data"]["init_args"]
+    file = images / f"{data.get('image_column', 'image')}_{data.get('label_column', 'label')}.parquet"
+    net = recipe["model"]["init_args"]["net"]["init_args"]
+    small = [f"--data.dataset={file}", "--data.train_split=train[:50%]", "--data.val_split=train[50%:]",
+             "--data.test_split=null", "--data.image_size=32", "--data.batch_size=4", "--data.num_workers=0",
+             "--model.net.image_size=32", "--model.net.patch_size=16", "--model.net.dim=16", "--model.net.depth=2",
+             "--model.net.num_heads=2", "--model.compile=false"]  # fmt: skip
+    if net.get("representation_size"):
+        small.append("--model.net.representation_size=16")
+    if "pretrained" in recipe["model"]["init_args"]:
+        small.append("--model.pretrained=null")
+    main(["fit", "--config", name, *small, *FAST, *ONE_CPU, "--trainer.num_sanity_val_steps=0"])
+    assert Path("lightning_logs/version_0/checkpoints/last.ckpt").is_file()
+    assert Path("lightning_logs/version_0/figures/training_curves.png").is_file()
