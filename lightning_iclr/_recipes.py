@@ -53,7 +53,7 @@ def recipe_header(name: str) -> dict[str, str]:
 def recipe_table() -> str:
     """Return a table of all recipes."""
     columns = ("shows", "data", "minutes", "devices")
-    rows = [("name", *columns)]
+    rows: list[tuple[str, ...]] = [("name", *columns)]
     for name in list_recipes():
         header = recipe_header(name)
         rows.append((name, *(header.get(column, "") for column in columns)))

@@ -164,7 +164,8 @@ class EncoderBlock(nn.Module):
         """Map tokens (B, T, D) to (B, T, D)."""
         if self.norm_first:
             tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
-            return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+            out: Tensor = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+            return out
         tokens = self.norm1(tokens + self.drop_path(self.attn(tokens)))
         normed: Tensor = self.norm2(tokens + self.drop_path(self.mlp(tokens)))
         return normed

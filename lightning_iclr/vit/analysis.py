@@ -49,7 +49,9 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
         return _returned_maps(model, images)
     foreign = sorted({name for m in fused for name, _ in m.named_parameters(recurse=False)})
     if foreign:
-        raise ValueError(f"model must have plain softmax attention; its attention layers also have {', '.join(foreign)}")
+        raise ValueError(
+            f"model must have plain softmax attention; its attention layers also have {', '.join(foreign)}"
+        )
     maps: list[Tensor] = []
     hooks = [m.register_forward_pre_hook(lambda m, inputs: maps.append(_map(m, inputs[0]))) for m in fused]
     try:
@@ -180,9 +182,10 @@ def patch_filters(weight: Tensor, n: int = 28) -> Tensor:
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     filters = weight.detach().flatten(1).double()
-    components = torch.linalg.svd(filters - filters.mean(dim=0), full_matrices=False).Vh[:n]
+    components: Tensor = torch.linalg.svd(filters - filters.mean(dim=0), full_matrices=False).Vh[:n]
     largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
-    return (components * largest.sign()).view(-1, *weight.shape[1:]).to(weight.dtype)
+    signed: Tensor = components * largest.sign()
+    return signed.view(-1, *weight.shape[1:]).to(weight.dtype)
 
 
 def _is_fused_attention(module: nn.Module) -> bool:

@@ -11,11 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_iclr.transformer import MLP
-from lightning_iclr.vit.conversion import Conversion, Source, as_tensor, convert, detect_source
-from lightning_iclr.vit.conversion import convert_state_dict as convert_state_dict
-from lightning_iclr.vit.conversion import to_hf as to_hf
-from lightning_iclr.vit.conversion import to_official as to_official
-from lightning_iclr.vit.conversion import to_timm as to_timm
+from lightning_iclr.vit.conversion import Conversion, Source, as_tensor, convert, convert_state_dict, detect_source
 from lightning_iclr.vit.model import VisionTransformer
 from lightning_iclr.vit.naming import fused_name
 from lightning_iclr.vit.positions import ResizeMode, check_mode, resize_position_embedding, sincos2d
@@ -219,7 +215,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise

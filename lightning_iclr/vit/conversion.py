@@ -212,7 +212,7 @@ def to_official(
         theirs = names.theirs(name)
         if theirs is None or name.startswith(foreign):
             raise ValueError(f"the layout {layout!r} has no weight like {name}")
-        if name.endswith("attn.q.bias") and (num_heads < 1 or len(tensor) % num_heads):
+        if re.search(r"\battn\.q\.", name) and (num_heads < 1 or len(tensor) % num_heads):
             raise ValueError(f"num_heads must divide the width {len(tensor)}, got {num_heads}")
         tensor = tensor.detach().cpu()
         tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor

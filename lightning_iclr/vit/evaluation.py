@@ -141,7 +141,11 @@ class PredictionWriter(Callback):
         order = order[rows[order] >= 0]  # negative ones only fill up a process's last batch
         rows, values = rows[order], values[order]
         datamodule = getattr(trainer, "datamodule", None)
-        names = datamodule.names(rows) if datamodule and hasattr(datamodule, "names") else [str(row) for row in rows.tolist()]
+        names = (
+            datamodule.names(rows)
+            if datamodule and hasattr(datamodule, "names")
+            else [str(row) for row in rows.tolist()]
+        )
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "predictions.csv"
         with path.open("w", newline="", encoding="utf-8") as file:

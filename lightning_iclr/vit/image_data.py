@@ -84,7 +84,10 @@ class ImageDataModule(LightningDataModule):
         >>> from datasets import Dataset
         >>> pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue") * 8]
         >>> data = ImageDataModule(
-        ...     Dataset.from_dict({"image": pictures, "label": [0, 1] * 8}), image_size=8, batch_size=4, val_fraction=0.25
+        ...     Dataset.from_dict({"image": pictures, "label": [0, 1] * 8}),
+        ...     image_size=8,
+        ...     batch_size=4,
+        ...     val_fraction=0.25,
         ... )
         >>> data.setup()
         >>> images, labels = next(iter(data.train_dataloader()))
@@ -286,9 +289,10 @@ class ImageDataModule(LightningDataModule):
         return read_labels(table, self.label_column, names, self._num_classes, f"{argument}={spec!r}")
 
     def _rows(self, split: str, table: Table, targets: Tensor, transform: Transform, padding: int | None) -> ImageRows:
+        title = self._title(split)
         rows = ImageRows(
-            table, self.image_column, targets, transform, self._title(split), self.seed, padding, self.on_error, self.blank
-        )  # fmt: skip
+            table, self.image_column, targets, transform, title, self.seed, padding, self.on_error, self.blank
+        )
         self._served.append(rows)
         return rows
 
@@ -320,7 +324,7 @@ class _DictCollate:
         self.target = target
 
     def __call__(self, samples: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
-        images, targets = default_collate(samples)
+        images, targets = default_collate(list(samples))
         return {"pixel_values": images, self.target: targets}
 
 

@@ -254,7 +254,7 @@ class ImageRows(Dataset[tuple[Tensor, int]]):
         self.transform, self.name, self.seed = transform, name, seed
         self.padding, self.on_error = padding, on_error
         self.blank = Image.new("RGB", (1, 1)) if blank is None else blank
-        self.broken = torch.zeros(len(table), dtype=torch.bool).share_memory_()  # written by worker processes too
+        self.broken = torch.zeros(len(table), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]  # written by worker processes too
 
     @property
     def skipped(self) -> int:

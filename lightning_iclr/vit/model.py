@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, int]] = {
     "L": {"dim": 1024, "depth": 24, "mlp_dim": 4096, "num_heads": 16},
     "H": {"dim": 1280, "depth": 32, "mlp_dim": 5120, "num_heads": 16},
 }
-HYBRIDS: dict[str, tuple[int, ...]] = {
+HYBRIDS: dict[str, tuple[int, ...]] = {  # bottlenecks of the stem's stages
     "R+Ti/16": (),
     "R26+S/32": (2, 2, 2, 2),
     "R26+B/32": (2, 2, 2, 2),
@@ -243,7 +243,9 @@ class VisionTransformer(nn.Module):
         if match is None or ("+" in name and name not in HYBRIDS):
             known = ", ".join([*(f"{size}/PATCH" for size in VARIANTS), *HYBRIDS])
             raise ValueError(f"unknown variant {name!r}; expected one of {known}")
-        arguments: dict[str, Any] = {**VARIANTS[match[1]], "patch_size": int(match[2]), **overrides}
+        # The official R+Ti/16 has patches of 8 cells of its stem, which is 32 pixels.
+        patch_size = 32 if name == "R+Ti/16" else int(match[2])
+        arguments: dict[str, Any] = {**VARIANTS[match[1]], "patch_size": patch_size, **overrides}
         if name in HYBRIDS and "stem" not in arguments:
             arguments["stem"] = HybridStem(HYBRIDS[name], in_channels=arguments.get("in_channels", 3))
         return cls(**arguments)

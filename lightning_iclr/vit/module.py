@@ -141,7 +141,7 @@ class ViTClassifier(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Map a batch of images (B, C, H, W) and rows (B,) to class probabilities (B, K)."""
-        logits = self(batch[0]).float()
+        logits: Tensor = self(batch[0]).float()
         return logits.softmax(dim=-1) if self.loss_name == "softmax" else logits.sigmoid()
 
     def setup(self, stage: str) -> None:

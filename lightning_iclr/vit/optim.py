@@ -22,7 +22,7 @@ def param_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict[str, A
         layer_decay: Factor from each layer to the one below, in (0, 1].
 
     Raises:
-        ValueError: ``layer_decay`` is outside (0, 1].
+        ValueError: ``layer_decay`` is outside (0, 1], or is below 1 and the model has no ``blocks.i``.
 
     Example:
         >>> from torch import nn
@@ -37,6 +37,8 @@ def param_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict[str, A
         if isinstance(module, _KERNELS)
     }
     depth = 1 + max((int(m[1]) for name, _ in model.named_parameters() if (m := _BLOCK.search(name))), default=-1)
+    if layer_decay < 1.0 and not depth:
+        raise ValueError(f"layer_decay must be 1 for a model without parameters named blocks.i, got {layer_decay}")
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -157,11 +157,13 @@ class MaskedPatchPrediction(nn.Module):
             ValueError: An image with too few patches to corrupt one.
         """
         grid = (images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1])
-        draws = self.draw(len(images), grid[0] * grid[1], generator, place)  # first: torch.compile breaks its graph here
+        draws = self.draw(
+            len(images), grid[0] * grid[1], generator, place
+        )  # first: torch.compile breaks its graph here
         draws = Corruption(*(draw.to(images.device, non_blocking=True) for draw in draws))
         tokens = self.encoder.embed(images)  # type: ignore[operator]
         encoded = self.encoder.encode(self.corrupt(tokens, draws), grid)  # type: ignore[operator]
-        encoded = encoded[:, self.encoder.num_prefix_tokens :]  # type: ignore[misc]
+        encoded = encoded[:, self.encoder.num_prefix_tokens :]
         predictions = self.predictor(_take(encoded, draws.corrupted))
         targets = self.targets(images)
         targets = targets.gather(1, draws.corrupted) if targets.ndim == 2 else _take(targets, draws.corrupted)
@@ -240,7 +242,8 @@ class MaskedPatchPrediction(nn.Module):
         """Map classes (...) to the colours (..., C) in the middle of their bins, in [0, 1]."""
         place = torch.arange(self.in_channels - 1, -1, -1, device=classes.device)
         bins: Tensor = (classes.unsqueeze(-1) >> (self.bits * place)) & (2**self.bits - 1)
-        return (bins + 0.5) / 2**self.bits
+        centres: Tensor = (bins + 0.5) / 2**self.bits
+        return centres
 
     def as_patches(self, values: Tensor) -> Tensor:
         """Map classes (B, M) or (B, M, 16), or values (B, M, C ph pw), to patches (B, M, C, ph, pw) in [0, 1]."""

@@ -77,8 +77,8 @@ def _builder(dataset: str, config_name: str | None, revision: str | None, data_f
         return load_dataset_builder(dataset, config_name, data_files=data_files, revision=revision)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(
-            f"dataset {dataset!r} is no local file or folder, and the hub does not show it: is the id right, and are you "
-            f"logged in if it is gated? ({error})"
+            f"dataset {dataset!r} is no local file or folder, and the hub does not show it: is the id right, and are "
+            f"you logged in if it is gated? ({error})"
         ) from error
     except ConnectionError as error:
         raise _unreachable(dataset, error) from error

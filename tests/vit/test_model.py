@@ -38,7 +38,7 @@ def test_variants_have_the_published_parameter_counts(variant, overrides, count)
     assert sum(p.numel() for p in net.parameters()) == count
 
 
-@pytest.mark.parametrize(("variant", "grid"), [("R50+B/16", 14), ("R50+L/32", 7), ("R26+S/32", 7), ("R+Ti/16", 14)])
+@pytest.mark.parametrize(("variant", "grid"), [("R50+B/16", 14), ("R50+L/32", 7), ("R26+S/32", 7), ("R+Ti/16", 7)])
 def test_hybrids_see_the_grid_of_their_name(variant, grid):
     with torch.device("meta"):
         net = VisionTransformer.from_variant(variant)

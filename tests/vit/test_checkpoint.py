@@ -1,0 +1,377 @@
+import math
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+from lightning_iclr.vit import (
+    HybridStem,
+    MaskedPatchPretraining,
+    VisionTransformer,
+    ViTClassifier,
+    convert_state_dict,
+    load_official,
+    load_pretrained,
+    to_hf,
+    to_official,
+    to_timm,
+)
+
+SIZES = {"image_size": 8, "patch_size": 4, "num_classes": 3, "dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24}
+
+
+def network(**arguments):
+    net = VisionTransformer(**{**SIZES, **arguments}).double().eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def hugging_face(kind=ViTForImageClassification, image_size=(8, 8)):
+    config = ViTConfig(
+        image_size=image_size, patch_size=4, num_labels=3, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    model = kind(config).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+# Hugging Face
+
+
+def test_logits_equal_hugging_face_s_with_its_weights():
+    theirs, ours = hugging_face(), network()
+    load_pretrained(ours, theirs.state_dict())
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(ours(images), theirs(images).logits, rtol=0, atol=1e-10)
+
+
+def test_logits_equal_hugging_face_s_with_our_weights():
+    theirs, ours = hugging_face(), network(activation="gelu")
+    theirs.load_state_dict(to_hf(ours.state_dict()))
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(theirs(images).logits, ours(images), rtol=0, atol=1e-10)
+
+
+def test_the_pooler_is_the_hidden_tanh_layer():
+    theirs = hugging_face(ViTModel)
+    ours = network(num_classes=0, representation_size=16)
+    load_pretrained(ours, theirs.state_dict())
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(ours(images), theirs(images).pooler_output, rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours.forward_features(images), theirs(images).last_hidden_state, rtol=0, atol=1e-10)
+
+
+def test_another_size_equals_hugging_face_s_interpolation():
+    theirs, ours = hugging_face(), network(dynamic_size=True, position_mode="bicubic")
+    load_pretrained(ours, theirs.state_dict())
+    images = torch.randn(2, 3, 56, 24, dtype=torch.float64)
+    expected = theirs(images, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(ours(images), expected, rtol=0, atol=1e-10)
+
+
+def test_names_of_transformers_4_load_too():
+    state = network().state_dict()
+    old = to_hf(state, version=4)
+    assert "vit.encoder.layer.1.attention.attention.query.weight" in old
+    assert "vit.encoder.layer.0.attention.output.dense.bias" in old
+    back = convert_state_dict(old)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    assert back.keys() == state.keys()
+
+
+# The official files
+
+
+def npz_key(ours, leaf):
+    return f"Transformer/encoderblock_{ours}/{leaf}"
+
+
+def official_logits(arrays, image, depth=2):
+    """Evaluate the official arrays in numpy, as the paper's equations say and flax lays them out."""
+
+    def norm(x, name):
+        mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        return (x - mean) / np.sqrt(var + 1e-6) * arrays[f"{name}/scale"] + arrays[f"{name}/bias"]
+
+    kernel = arrays["embedding/kernel"]
+    size = kernel.shape[0]
+    patches = [
+        np.einsum("abc,abcd->d", image[i : i + size, j : j + size], kernel) + arrays["embedding/bias"]
+        for i in range(0, image.shape[0], size)
+        for j in range(0, image.shape[1], size)
+    ]
+    x = np.concatenate([arrays["cls"][0], np.stack(patches)]) + arrays["Transformer/posembed_input/pos_embedding"][0]
+    for i in range(depth):
+        attention = npz_key(i, "MultiHeadDotProductAttention_1")
+        y = norm(x, npz_key(i, "LayerNorm_0"))
+        q, k, v = (
+            np.einsum("td,dhe->the", y, arrays[f"{attention}/{part}/kernel"]) + arrays[f"{attention}/{part}/bias"]
+            for part in ("query", "key", "value")
+        )
+        scores = np.einsum("the,she->hts", q, k) / np.sqrt(q.shape[-1])
+        weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        mixed = np.einsum("hts,she->the", weights, v)
+        x = x + np.einsum("the,hed->td", mixed, arrays[f"{attention}/out/kernel"]) + arrays[f"{attention}/out/bias"]
+        y = norm(x, npz_key(i, "LayerNorm_2"))
+        mlp = npz_key(i, "MlpBlock_3")
+        h = y @ arrays[f"{mlp}/Dense_0/kernel"] + arrays[f"{mlp}/Dense_0/bias"]
+        h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        x = x + h @ arrays[f"{mlp}/Dense_1/kernel"] + arrays[f"{mlp}/Dense_1/bias"]
+    token = norm(x, "Transformer/encoder_norm")[0]
+    token = np.tanh(token @ arrays["pre_logits/kernel"] + arrays["pre_logits/bias"])
+    return token @ arrays["head/kernel"] + arrays["head/bias"]
+
+
+def test_logits_equal_those_of_the_official_arrays_computed_in_numpy(tmp_path):
+    net = network(representation_size=12)
+    arrays = to_official(net.state_dict(), num_heads=2)
+    np.savez(tmp_path / "official.npz", **arrays)
+    loaded = network(representation_size=12, activation="gelu")
+    load_pretrained(loaded, tmp_path / "official.npz")
+    image = torch.randn(3, 8, 8, dtype=torch.float64)
+    expected = official_logits(arrays, image.permute(1, 2, 0).numpy())
+    np.testing.assert_allclose(loaded(image[None])[0].detach().numpy(), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["vit_jax", "big_vision", "big_vision_scan"])
+@pytest.mark.parametrize("prefix", ["", "params/", "opt/target/"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_round_trip_through_npz_is_exact(tmp_path, layout, prefix, dtype):
+    net = network(pool="mean").to(dtype)
+    arrays = to_official(net.state_dict(), num_heads=2, layout=layout)
+    np.savez(tmp_path / "net.npz", **{f"{prefix}{name}": array for name, array in arrays.items()})
+    loaded = load_official(tmp_path / "net.npz")
+    assert loaded.keys() == net.state_dict().keys()
+    for name, weight in net.state_dict().items():
+        assert torch.equal(loaded[name], weight), name
+
+
+def test_big_vision_folds_the_class_token_s_position_into_the_token():
+    net = network()
+    arrays = to_official(net.state_dict(), num_heads=2, layout="big_vision")
+    assert arrays["pos_embedding"].shape == (1, 4, 16)
+    loaded = network()
+    load_pretrained(loaded, arrays)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(loaded(images), net(images), rtol=0, atol=1e-12)
+
+
+def test_attention_pooling_travels_through_big_vision():
+    net = network(pool="map")
+    arrays = to_official(net.state_dict(), num_heads=2, layout="big_vision")
+    assert arrays["MAPHead_0/probe"].shape == (1, 1, 16)
+    assert arrays["MAPHead_0/MultiHeadDotProductAttention_0/key/kernel"].shape == (16, 2, 8)
+    loaded = network(pool="map")
+    load_pretrained(loaded, arrays)
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in net.state_dict().items())
+
+
+def test_bfloat16_arrays_of_jax_are_read():
+    weights = torch.randn(4, 6).bfloat16()
+    array = weights.view(torch.int16).numpy().view("V2")
+    loaded = convert_state_dict({"head/kernel": array, "cls": np.zeros((1, 1, 6), np.float32)}, source="npz")
+    assert torch.equal(loaded["head.weight"], weights.T)
+
+
+@pytest.mark.parametrize(
+    ("layers", "keys"),
+    [
+        ((), {"conv_root/kernel", "gn_root/scale", "gn_root/bias"}),
+        (
+            (1, 2),
+            {"conv_root/kernel", "gn_root/scale", "gn_root/bias"}
+            | {f"block{b}/unit{u}/conv{i}/kernel" for b, u in ((1, 1), (2, 1), (2, 2)) for i in (1, 2, 3)}
+            | {f"block{b}/unit{u}/gn{i}/{p}" for b, u in ((1, 1), (2, 1), (2, 2)) for i in (1, 2, 3)
+               for p in ("scale", "bias")}
+            | {f"block{b}/unit1/conv_proj/kernel" for b in (1, 2)}
+            | {f"block{b}/unit1/gn_proj/{p}" for b in (1, 2) for p in ("scale", "bias")},
+        ),
+    ],
+)  # fmt: skip
+def test_a_hybrid_s_stem_has_the_official_keys(layers, keys):
+    arguments = {"image_size": 32, "patch_size": 16, "stem": HybridStem(layers, width=32)}
+    net = network(**arguments)
+    arrays = to_official(net.state_dict(), num_heads=2)
+    plain = to_official(network().state_dict(), num_heads=2)
+    assert arrays.keys() - plain.keys() == keys
+    assert arrays["conv_root/kernel"].shape == (7, 7, 3, 32)
+    old = {k: a.reshape(1, 1, 1, -1) if "gn" in k else a for k, a in arrays.items()}  # old files' norms are 4-D
+    loaded = network(**{**arguments, "stem": HybridStem(layers, width=32)})
+    load_pretrained(loaded, old)
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in net.state_dict().items())
+
+
+def test_timm_s_names_are_ours_but_for_a_stem_without_stages():
+    state = network().state_dict()
+    assert to_timm(state) == state
+    stem = network(image_size=32, patch_size=16, stem=HybridStem((), width=32)).state_dict()
+    assert to_timm(stem).keys() - stem.keys() == {
+        f"patch_embed.backbone.{leaf}" for leaf in ("conv.weight", "norm.weight", "norm.bias")
+    }
+    assert convert_state_dict(to_timm(stem)).keys() == stem.keys()
+
+
+# What does not fit
+
+
+def unchanged(net, state):
+    return all(torch.equal(net.state_dict()[name], weight) for name, weight in state.items())
+
+
+def test_every_key_that_does_not_fit_is_listed_and_nothing_is_loaded():
+    net = network()
+    before = {name: weight.clone() for name, weight in net.state_dict().items()}
+    arrays = to_official(network().state_dict(), num_heads=2)
+    del arrays[npz_key(1, "LayerNorm_0/scale")]
+    del arrays[npz_key(0, "MultiHeadDotProductAttention_1/key/bias")]
+    arrays["surplus/kernel"] = np.zeros((2, 2))
+    arrays["cls"] = np.zeros((1, 1, 8))
+    with pytest.raises(ValueError, match="does not fit the network") as error:
+        load_pretrained(net, arrays)
+    message = str(error.value)
+    for line in (
+        f"missing: blocks.1.norm1.weight ({npz_key(1, 'LayerNorm_0/scale')})",
+        "unexpected: surplus/kernel",
+        "shape of cls_token (cls): expected (1, 1, 16), got (1, 1, 8)",
+        npz_key(0, "MultiHeadDotProductAttention_1/key/bias"),
+    ):
+        assert line in message
+    assert unchanged(net, before)
+
+
+def test_a_head_of_other_classes_is_left_out_on_request_only():
+    weights = network(num_classes=7).state_dict()
+    net = network()
+    with pytest.raises(ValueError, match=r"(?s)shape of head.weight.*pass reset_head=True") as error:
+        load_pretrained(net, weights, source="ours")
+    assert "expected (3, 16), got (7, 16)" in str(error.value)
+    load_pretrained(net, weights, source="ours", reset_head=True)
+    assert net.head.weight.count_nonzero() == 0
+    assert torch.equal(net.norm.weight, weights["norm.weight"])
+
+
+def test_fine_tuning_drops_the_hidden_tanh_layer():
+    net = network()
+    load_pretrained(net, to_official(network(representation_size=5).state_dict(), 2), reset_head=True)
+    assert net.head.weight.count_nonzero() == 0
+
+
+def test_positions_are_resized_to_the_network_s_grid():
+    weights = network().state_dict()
+    net = network(image_size=(16, 12))
+    load_pretrained(net, weights, source="ours")
+    corner = weights["pos_embed"][0, [1, 2, 3, 4]]
+    grid = net.pos_embed[0, 1:].view(4, 3, 16)
+    torch.testing.assert_close(grid[[0, 0, -1, -1], [0, -1, 0, -1]], corner)
+    assert torch.equal(net.pos_embed[0, 0], weights["pos_embed"][0, 0])
+
+
+def test_a_grid_that_is_no_square_has_to_be_given():
+    weights = network(image_size=(8, 12)).state_dict()
+    net = network(image_size=(16, 12))
+    with pytest.raises(ValueError, match=r"pos_embed: its 6 patches fit no square.*pass old_grid=\(h, w\)"):
+        load_pretrained(net, weights, source="ours")
+    load_pretrained(net, weights, source="ours", old_grid=(2, 3))
+
+
+def test_fixed_positions_stay_the_network_s_own():
+    small, large = (network(position="sincos2d", pool="mean", image_size=size) for size in (8, 16))
+    before = large.pos_embed.clone()
+    load_pretrained(large, small.state_dict(), source="ours")
+    assert torch.equal(large.pos_embed, before)
+    learned = network(position="learned", pool="mean").state_dict()
+    with pytest.raises(ValueError, match=r"fixed positions \(sincos2d\), the checkpoint learned ones"):
+        load_pretrained(large, learned, source="ours")
+
+
+def test_another_number_of_heads_is_noticed():
+    arrays = to_official(network(num_heads=4).state_dict(), num_heads=4)
+    with pytest.raises(ValueError, match=r"num_heads: expected 2, got \[4\]"):
+        load_pretrained(network(), arrays)
+
+
+@pytest.mark.parametrize("build", [ViTClassifier, MaskedPatchPretraining])
+def test_checkpoints_of_our_modules_start_a_network(tmp_path, build):
+    module = build(VisionTransformer(**{**SIZES, "num_classes": 3 if build is ViTClassifier else 0}))
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "ours.ckpt")
+    net = VisionTransformer(**SIZES)
+    load_pretrained(net, tmp_path / "ours.ckpt", reset_head=True)
+    for name, weight in module.net.state_dict().items():
+        if not name.startswith("head"):
+            assert torch.equal(net.state_dict()[name], weight), name
+
+
+def test_the_activation_follows_the_weights():
+    kinds = lambda net: {block.mlp.act.approximate for block in net.blocks}  # noqa: E731
+    net = network()
+    assert kinds(net) == {"tanh"}
+    load_pretrained(net, to_hf(network().state_dict()))
+    assert kinds(net) == {"none"}
+    load_pretrained(net, to_official(network().state_dict(), 2))
+    assert kinds(net) == {"tanh"}
+
+
+# Files
+
+
+@pytest.mark.parametrize("suffix", ["npz", "pt"])
+def test_a_truncated_file_is_named(tmp_path, suffix):
+    path = tmp_path / f"net.{suffix}"
+    if suffix == "npz":
+        np.savez(path, **to_official(network().state_dict(), 2))
+    else:
+        torch.save(network().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=re.escape(str(path)) + ".*truncated"):
+        load_pretrained(network(), path)
+
+
+def test_pickled_objects_are_refused(tmp_path):
+    np.savez(tmp_path / "evil.npz", cls=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match="evil.npz is not a readable .npz archive"):
+        load_official(tmp_path / "evil.npz")
+    with warnings.catch_warnings():
+        torch.save({"state_dict": pytest.approx(1)}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt cannot be read as tensors"):
+        load_pretrained(network(), tmp_path / "evil.pt")
+
+
+@pytest.mark.parametrize("name", ["no.npz", "no.pt", "no.safetensors"])
+def test_a_missing_file_is_named(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=name):
+        load_pretrained(network(), tmp_path / name)
+
+
+def test_safetensors_are_read(tmp_path):
+    from safetensors.torch import save_file
+
+    weights = {name: weight.contiguous() for name, weight in to_hf(network().state_dict()).items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    load_pretrained(network(), tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: convert_state_dict({"weight": torch.zeros(2)}), ValueError, "cannot tell the source"),
+        (lambda: convert_state_dict({}, source="flax"), ValueError, "source must be one of .*got 'flax'"),
+        (lambda: convert_state_dict({"blocks.0.norm1.bias": 3}), TypeError, "blocks.0.norm1.bias must be a tensor"),
+        (lambda: load_pretrained(nn.Linear(2, 2), {}), TypeError, "model must be a VisionTransformer, got Linear"),
+        (lambda: load_pretrained(network(), "net.txt"), ValueError, "checkpoint must end in .npz"),
+        (lambda: to_official(network().state_dict(), num_heads=3), ValueError, "num_heads must divide the width 16"),
+        (lambda: to_hf(network(pool="mean").state_dict()), ValueError, r"lacks \['cls_token'\]"),
+        (lambda: to_timm(network(representation_size=4).state_dict()), ValueError, "timm has no hidden tanh layer"),
+    ],
+)
+def test_bad_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
