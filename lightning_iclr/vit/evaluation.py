@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -70,8 +71,8 @@ class FewShotEvaluation(Callback):
         for shots in self.shots:
             accuracies = []
             for table in chosen:  # (K, largest number of shots)
-                own = table[:, :shots].flatten()
-                solver = FewShotLeastSquares(self.l2).fit(features[torch.searchsorted(rows, own)], labels[own], classes)
+                own = table[:, :shots].reshape(-1)
+                solver = FewShotLeastSquares(self.l2).fit(features[torch.searchsorted(rows, own.contiguous())], labels[own], classes)
                 accuracies.append((solver.predict(tested) == truth).double().mean())
             pl_module.log(f"fewshot/{shots}_shot", torch.stack(accuracies).mean().float(), sync_dist=True)
 
@@ -93,9 +94,7 @@ class FewShotEvaluation(Callback):
         net = module.net if isinstance(module, MaskedPatchPretraining) else vision_transformer(module)
         dtype = next(module.parameters()).dtype
         parts = [_represent(module, net, batch[0].to(module.device, dtype)) for batch in batches]
-        gathered = cast(Tensor, module.all_gather(torch.cat(parts)))
-        if gathered.ndim == 3:  # (W, n, D)
-            gathered = gathered.transpose(0, 1).flatten(0, 1)
+        gathered = _from_all_ranks(torch.cat(parts)).transpose(0, 1).flatten(0, 1)
         return gathered[: len(rows)].double().cpu()
 
 
@@ -130,10 +129,7 @@ class PredictionWriter(Callback):
         self._values.append(outputs.float())
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows, values = (
-            cast(Tensor, pl_module.all_gather(torch.cat(part))).cpu() for part in (self._rows, self._values)
-        )
-        rows, values = rows.flatten(), values.flatten(0, -2)  # of all processes
+        rows, values = (_from_all_ranks(torch.cat(part)).flatten(0, 1).cpu() for part in (self._rows, self._values))
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if not trainer.is_global_zero:
             return
@@ -191,3 +187,12 @@ def _targets(loader: ResumableLoader) -> Tensor:
     if not isinstance(targets, Tensor):
         raise ValueError("few-shot evaluation needs a dataset with its labels as `targets` (N,)")
     return targets
+
+
+def _from_all_ranks(tensor: Tensor) -> Tensor:
+    """Stack the tensors of all ranks, equal in shape, on a first dimension."""
+    if not dist.is_available() or not dist.is_initialized():
+        return tensor.unsqueeze(0)
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)

@@ -35,8 +35,8 @@ class PretextOutput(NamedTuple):
     Attributes:
         loss: Mean over all corrupted patches, a scalar.
         losses: The same for each image (B,).
-        predictions: Without gradient, logits (B, M, K) of ``mean_colour``, (B, M, 16, K) of ``patch_4x4``, or values (B, M, C ph pw) of
-            ``pixels``.
+        predictions: Without gradient, logits (B, M, K) of ``mean_colour``, (B, M, 16, K) of ``patch_4x4``, or values
+            (B, M, C ph pw) of ``pixels``.
         targets: Classes (B, M) or (B, M, 16), or values (B, M, C ph pw).
         corrupted: Which patches they belong to (B, M), counted row by row.
         replacement: What each became (B, M): 0 the mask token, 1 another patch, 2 itself.

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,9 +76,9 @@ def test_each_callback_writes_its_picture_into_the_run_folder(tmp_path, build, k
     run = trainer(tmp_path, kind(**arguments))
     run.fit(build(), datamodule=digits())
     picture = tmp_path / "figures" / f"{name}.png"
-    assert str(tmp_path) == run.log_dir
+    assert Path(run.log_dir) == tmp_path
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert picture.stat().st_size > 2000
+    assert picture.stat().st_size > 1000
 
 
 @pytest.mark.parametrize("pool", ["mean", "map"])
@@ -154,7 +155,7 @@ def test_callbacks_do_not_change_training(tmp_path, build):
     for callbacks in ([], [kind(**arguments) for kind, arguments, _ in PICTURES]):
         module, draws = build(dropout=0.3), Draws()
         torch.manual_seed(5)
-        trainer(tmp_path, *callbacks, draws, steps=3).fit(module, datamodule=digits())
+        trainer(tmp_path / str(len(callbacks)), *callbacks, draws, steps=3).fit(module, datamodule=digits())
         assert module.training
         weights.append(module.state_dict())
         numbers.append(draws.numbers)
@@ -168,7 +169,8 @@ def test_curves_and_distances_survive_a_checkpoint(tmp_path):
     save = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     trainer(tmp_path, *whole, save, steps=4).fit(classifier(), datamodule=digits())
     again = [AttentionDistance(4), TrainingCurves()]
-    run = trainer(tmp_path, *again, ModelCheckpoint(tmp_path), steps=4)
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="again-{step}")
+    run = trainer(tmp_path / "again", *again, save, steps=4)
     run.fit(classifier(), datamodule=digits(), ckpt_path=tmp_path / "step=3.ckpt", weights_only=True)
     torch.testing.assert_close(again[0].distances, whole[0].distances)
     assert list(again[0].distances) == list(whole[0].distances)
