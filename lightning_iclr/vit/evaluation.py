@@ -72,7 +72,8 @@ class FewShotEvaluation(Callback):
             accuracies = []
             for table in chosen:  # (K, largest number of shots)
                 own = table[:, :shots].reshape(-1)
-                solver = FewShotLeastSquares(self.l2).fit(features[torch.searchsorted(rows, own.contiguous())], labels[own], classes)
+                known = features[torch.searchsorted(rows, own.contiguous())]
+                solver = FewShotLeastSquares(self.l2).fit(known, labels[own], classes)
                 accuracies.append((solver.predict(tested) == truth).double().mean())
             pl_module.log(f"fewshot/{shots}_shot", torch.stack(accuracies).mean().float(), sync_dist=True)
 

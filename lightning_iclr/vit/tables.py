@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -129,7 +130,7 @@ def undecoded(table: Table, column: str, name: str) -> Table:
     _check_column(table, column, "image_column", name)
     table = table.select_columns(column)
     if isinstance(table.features[column], Array2D | Array3D):
-        return table.with_format("numpy")
+        return table.with_format("numpy", dtype=np.dtype(table.features[column].dtype))  # else all integers are 64-bit
     try:
         return table.with_format(None).cast_column(column, ImageFeature(decode=False))
     except (TypeError, ValueError) as error:
