@@ -14,7 +14,7 @@ def optional_import(module: str, extra: str) -> ModuleType:
     Raises:
         ModuleNotFoundError: It is not installed; the message says what to run.
 
-    Example:
+    Examples:
         >>> optional_import("json", "text").dumps([1])
         '[1]'
     """

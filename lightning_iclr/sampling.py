@@ -50,7 +50,7 @@ def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
         epoch: Pass over the data.
         index: Row of the dataset.
 
-    Example:
+    Examples:
         >>> first, again = sample_generator(0, 3, 7), sample_generator(0, 3, 7)
         >>> torch.equal(torch.rand(4, generator=first), torch.rand(4, generator=again))
         True
@@ -70,7 +70,7 @@ def seed_step(seed: int, epoch: int, batch_idx: int, rank: int) -> None:
         batch_idx: Batch of the epoch.
         rank: Rank of the process.
 
-    Example:
+    Examples:
         >>> seed_step(0, epoch=1, batch_idx=2, rank=0)
         >>> first = torch.rand(())
         >>> seed_step(0, epoch=1, batch_idx=2, rank=0)
@@ -104,7 +104,7 @@ class EpochSampler(DistributedSampler[SampleKey]):
     Raises:
         ValueError: The dataset is empty, or ``rank`` and ``num_replicas`` do not fit together.
 
-    Example:
+    Examples:
         >>> [key.index for key in EpochSampler(5, num_replicas=2, rank=1)]
         [1, 3, 0]
         >>> [key.padding for key in EpochSampler(5, num_replicas=2, rank=1)]
@@ -237,7 +237,7 @@ class ResumableLoader(DataLoader[Any]):
         TypeError: ``sampler`` yields something else than sample keys.
         ValueError: The dataset is empty or, with ``drop_last``, smaller than a batch; ``batch_size`` is below 1.
 
-    Example:
+    Examples:
         >>> class Squares(Dataset):
         ...     def __len__(self):
         ...         return 6

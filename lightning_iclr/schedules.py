@@ -51,7 +51,7 @@ class WarmupConstant(LambdaLR):
         TypeError: ``warmup_steps`` is not an integer.
         ValueError: ``warmup_steps`` is negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.8)
         >>> schedule = WarmupConstant(optimizer, warmup_steps=4)
@@ -81,7 +81,7 @@ class WarmupLinear(LambdaLR):
         TypeError: ``warmup_steps`` or ``total_steps`` is not an integer.
         ValueError: ``warmup_steps`` or ``end`` is negative, or ``total_steps`` does not exceed ``warmup_steps``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
         >>> schedule = WarmupLinear(optimizer, warmup_steps=0, total_steps=2, end=0.1)
@@ -119,7 +119,7 @@ class WarmupCosine(LambdaLR):
         TypeError: ``warmup_steps`` or ``total_steps`` is not an integer.
         ValueError: ``warmup_steps`` is negative, or ``total_steps`` does not exceed it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.8)
         >>> schedule = WarmupCosine(optimizer, warmup_steps=0, total_steps=2)
@@ -153,7 +153,7 @@ class WarmupRsqrt(LambdaLR):
         TypeError: ``warmup_steps`` is not an integer.
         ValueError: ``warmup_steps`` is negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.8)
         >>> schedule = WarmupRsqrt(optimizer, warmup_steps=1)

@@ -24,7 +24,7 @@ class Attention(nn.Module):
     Raises:
         ValueError: ``num_heads`` does not divide ``dim``, or ``dropout`` is outside [0, 1).
 
-    Example:
+    Examples:
         >>> import torch
         >>> Attention(dim=8, num_heads=2)(torch.zeros(3, 5, 8)).shape
         torch.Size([3, 5, 8])
@@ -67,7 +67,7 @@ class MLP(nn.Module):
     Raises:
         ValueError: ``activation`` is unknown, or ``dropout`` is outside [0, 1).
 
-    Example:
+    Examples:
         >>> import torch
         >>> MLP(dim=8, hidden_dim=16)(torch.zeros(3, 5, 8)).shape
         torch.Size([3, 5, 8])
@@ -97,7 +97,7 @@ class DropPath(nn.Module):
     Raises:
         ValueError: ``probability`` is outside [0, 1).
 
-    Example:
+    Examples:
         >>> import torch
         >>> DropPath(0.5).eval()(torch.ones(2, 3)).sum()
         tensor(6.)
@@ -134,7 +134,7 @@ class EncoderBlock(nn.Module):
     Raises:
         ValueError: ``num_heads`` does not divide ``dim``, an unknown activation, or a probability outside [0, 1).
 
-    Example:
+    Examples:
         >>> import torch
         >>> EncoderBlock(dim=8, num_heads=2)(torch.zeros(3, 5, 8)).shape
         torch.Size([3, 5, 8])

@@ -77,7 +77,7 @@ def load_digits() -> Dataset:
 
     Columns: ``image`` (8, 8) of integers from 0 to 16, ``label`` from 0 to 9.
 
-    Example:
+    Examples:
         >>> load_digits().features["label"].num_classes
         10
     """
@@ -91,7 +91,7 @@ def load_mnist5k() -> Dataset:
 
     Columns: ``image`` (28, 28) of integers from 0 to 255, ``label`` from 0 to 9.
 
-    Example:
+    Examples:
         >>> load_mnist5k().num_rows
         5000
     """
@@ -104,7 +104,7 @@ def load_shakespeare() -> Dataset:
     Columns: ``play``, ``act``, ``scene``, ``role``, ``text`` (verse lines joined by a newline). A role's name is
     unique within its play only.
 
-    Example:
+    Examples:
         >>> load_shakespeare()[0]["play"]
         "A Midsummer Night's Dream"
     """
@@ -121,7 +121,7 @@ def load_wikipedia_sample() -> Dataset:
     Columns: ``title``, ``page_id``, ``revision_id`` and ``paragraphs``, a list of ``section``, ``text`` and
     ``links``, a list of ``start``, ``end`` and ``target``: ``text[start:end]`` links to the article ``target``.
 
-    Example:
+    Examples:
         >>> load_wikipedia_sample()[0]["title"]
         'Anarchism'
     """
@@ -152,7 +152,7 @@ def load_wordnet() -> Dataset:
     Columns: ``pos`` (n, v, a, s or r), ``offset`` (of the original database), ``lemmas``, ``hypernyms`` and
     ``instance_hypernyms`` (lists of row numbers of this data set), ``gloss`` (definition and quoted examples).
 
-    Example:
+    Examples:
         >>> load_wordnet()[0]["lemmas"]
         ['entity']
     """
@@ -193,7 +193,7 @@ def load_wordsim353() -> Dataset:
 
     Columns: ``word1``, ``word2``, ``similarity``.
 
-    Example:
+    Examples:
         >>> load_wordsim353()[1]
         {'word1': 'tiger', 'word2': 'cat', 'similarity': 7.35}
     """

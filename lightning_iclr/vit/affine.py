@@ -23,7 +23,7 @@ def affine(images: Tensor, shift: Tensor, angle: Tensor, scale: Tensor) -> Tenso
     Returns:
         Images (B, C, H, W).
 
-    Example:
+    Examples:
         >>> image = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(1, 1, 2, 2)
         >>> right = affine(image, torch.tensor([[1.0, 0.0]]), torch.zeros(1), torch.ones(1))
         >>> right[0, 0].tolist()
@@ -59,7 +59,7 @@ def random_affine(
     Raises:
         ValueError: The numbers of images and generators differ.
 
-    Example:
+    Examples:
         >>> generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
         >>> random_affine(torch.rand(4, 1, 8, 8), generators, shift=0.5, rotate=8.0, scale=0.08).shape
         torch.Size([4, 1, 8, 8])

@@ -34,7 +34,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
     Raises:
         ValueError: The network has no softmax attention to show.
 
-    Example:
+    Examples:
         >>> from lightning_iclr.vit import VisionTransformer
         >>> net = VisionTransformer(image_size=8, patch_size=2, num_classes=3, dim=16, depth=2, num_heads=4)
         >>> [tuple(m.shape) for m in attention_maps(net, torch.zeros(1, 3, 8, 8))]
@@ -82,7 +82,7 @@ def attention_distance(maps: Sequence[Tensor], grid: Grid, patch_size: int | Gri
     Raises:
         ValueError: No maps, or maps with fewer tokens than the grid has patches.
 
-    Example:
+    Examples:
         >>> looks_at_itself = torch.eye(4).expand(1, 1, 4, 4)
         >>> attention_distance([looks_at_itself], grid=(2, 2), patch_size=16)
         tensor([[0.]])
@@ -117,7 +117,7 @@ def rollout(maps: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: No maps.
 
-    Example:
+    Examples:
         >>> rollout([torch.eye(3).expand(1, 2, 3, 3)])[0]
         tensor([[1., 0., 0.],
                 [0., 1., 0.],
@@ -147,7 +147,7 @@ def position_similarity(position_embedding: Tensor, grid: Grid) -> Tensor:
     Raises:
         ValueError: Fewer rows than the grid has patches.
 
-    Example:
+    Examples:
         >>> position_similarity(torch.randn(1, 17, 8), (4, 4)).shape
         torch.Size([4, 4, 4, 4])
     """
@@ -175,7 +175,7 @@ def patch_filters(weight: Tensor, n: int = 28) -> Tensor:
     Raises:
         ValueError: ``n`` is below 1.
 
-    Example:
+    Examples:
         >>> patch_filters(torch.randn(32, 3, 4, 4), n=5).shape
         torch.Size([5, 3, 4, 4])
     """

@@ -27,7 +27,7 @@ class RandomResizedCrop:
     Raises:
         ValueError: A range is empty or outside its bounds.
 
-    Example:
+    Examples:
         >>> crop = RandomResizedCrop((8, 8))
         >>> crop(Image.new("RGB", (40, 30)), torch.Generator().manual_seed(0)).size
         (8, 8)
@@ -69,7 +69,7 @@ class RandomResizedCrop:
 def resize(image: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:
     """Resize an image, or its part ``box``, to ``size`` (height, width), bilinearly with antialiasing.
 
-    Example:
+    Examples:
         >>> resize(Image.new("L", (40, 30)), size=(6, 8)).size
         (8, 6)
     """
@@ -80,7 +80,7 @@ def resize(image: Image.Image, size: tuple[int, int], box: Box | None = None) ->
 def random_flip(image: Image.Image, generator: torch.Generator) -> Image.Image:
     """Mirror an image left to right with probability 1/2.
 
-    Example:
+    Examples:
         >>> image = Image.new("L", (2, 1))
         >>> random_flip(image, torch.Generator().manual_seed(0)).size
         (2, 1)
@@ -113,7 +113,7 @@ class RandAugment:
     Raises:
         ValueError: A number is outside its range.
 
-    Example:
+    Examples:
         >>> augment = RandAugment(num_ops=2, magnitude=10.0)
         >>> augment(Image.new("RGB", (16, 16)), torch.Generator().manual_seed(0)).size
         (16, 16)

@@ -73,7 +73,7 @@ def load_pretrained(
         ValueError: The file cannot be read, or does not fit the network; the message lists every weight that does
             not.
 
-    Example:
+    Examples:
         >>> sizes = {"patch_size": 4, "dim": 16, "depth": 1, "num_heads": 2}
         >>> small = VisionTransformer(image_size=8, num_classes=1000, **sizes)
         >>> large = VisionTransformer(image_size=16, num_classes=10, **sizes)

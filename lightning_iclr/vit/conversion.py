@@ -79,7 +79,7 @@ def convert_state_dict(
         ValueError: Names that are unknown, queries, keys and values that do not match, or an unknown ``source``.
         TypeError: A value that is no tensor.
 
-    Example:
+    Examples:
         >>> weights = convert_state_dict({"vit.layers.0.mlp.fc1.bias": torch.zeros(4)})
         >>> list(weights)
         ['blocks.0.mlp.fc1.bias']
@@ -194,7 +194,7 @@ def to_official(
         ValueError: An unknown ``layout``, ``num_heads`` that does not divide the width, or a weight that the layout
             has no place for: attention pooling in ``vit_jax``, a convolutional stem in ``big_vision``.
 
-    Example:
+    Examples:
         >>> arrays = to_official({"blocks.0.attn.qkv.bias": torch.zeros(24)}, num_heads=2)
         >>> arrays["Transformer/encoderblock_0/MultiHeadDotProductAttention_1/key/bias"].shape
         (2, 4)

@@ -191,7 +191,7 @@ class DigitsDataModule(_EmbeddedDataModule):
     Raises:
         ValueError: A number is outside its range.
 
-    Example:
+    Examples:
         >>> digits = DigitsDataModule(batch_size=32)
         >>> digits.setup()
         >>> images, labels = next(iter(digits.val_dataloader()))
@@ -216,7 +216,7 @@ class MNIST5kDataModule(_EmbeddedDataModule):
     Raises:
         ValueError: A number is outside its range.
 
-    Example:
+    Examples:
         >>> mnist = MNIST5kDataModule(num_train_labels=100)
         >>> mnist.setup()
         >>> len(mnist.splits["train"]), len(mnist.splits["test"])
@@ -244,7 +244,7 @@ def balanced_subset(labels: Tensor, size: int, seed: int) -> Tensor:
     Raises:
         ValueError: A class has too few images; the error names it.
 
-    Example:
+    Examples:
         >>> labels = torch.tensor([0, 0, 0, 1, 1, 1])
         >>> labels[balanced_subset(labels, 4, seed=0)].tolist()
         [0, 0, 1, 1]

@@ -20,7 +20,7 @@ class FewShotLeastSquares:
     Raises:
         ValueError: A number is not positive.
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[0.0, 1.0], [0.1, 0.9], [1.0, 0.0], [0.9, 0.2]])
         >>> FewShotLeastSquares(l2=1.0).fit(features, torch.tensor([0, 0, 1, 1])).predict(features)
         tensor([0, 0, 1, 1])
@@ -105,7 +105,7 @@ def few_shot_rows(labels: Tensor, shots: int, num_classes: int, seed: int) -> Te
     Raises:
         ValueError: A class has fewer rows; the error names it.
 
-    Example:
+    Examples:
         >>> few_shot_rows(torch.tensor([0, 1, 0, 1]), shots=2, num_classes=2, seed=0).sort().values
         tensor([[0, 2],
                 [1, 3]])

@@ -80,7 +80,7 @@ class ImageDataModule(LightningDataModule):
     Raises:
         ValueError: An argument is outside its range.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue") * 8]
         >>> data = ImageDataModule(

@@ -43,7 +43,7 @@ def open_image(source: Any) -> Image.Image:
     Raises:
         BrokenImageError: It is none of these, or no image.
 
-    Example:
+    Examples:
         >>> open_image(np.zeros((2, 3), dtype=np.uint8)).size
         (3, 2)
     """
@@ -78,7 +78,7 @@ def decode(image: Image.Image, mode: Mode = "RGB", share: float = 1.0) -> Image.
     Raises:
         BrokenImageError: The file is damaged, or has floating point pixels, whose range is unknown.
 
-    Example:
+    Examples:
         >>> decode(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0))
         (255, 255, 255)
     """
@@ -128,7 +128,7 @@ def to_tensor(image: Image.Image, mean: float | Sequence[float] = 0.5, std: floa
         mean: Subtracted, one number or one a channel.
         std: Divides what is left, one number or one a channel.
 
-    Example:
+    Examples:
         >>> to_tensor(Image.new("RGB", (2, 2), (0, 0, 255)))[:, 0, 0].tolist()
         [-1.0, -1.0, 1.0]
     """
@@ -153,7 +153,7 @@ class TrainTransform:
         mean: As in `to_tensor`.
         std: As in `to_tensor`.
 
-    Example:
+    Examples:
         >>> transform = TrainTransform((8, 8), crop=RandomResizedCrop((8, 8)))
         >>> transform(Image.new("RGB", (40, 30)), torch.Generator()).shape
         torch.Size([3, 8, 8])
@@ -191,7 +191,7 @@ class EvaluationTransform:
         mean: As in `to_tensor`.
         std: As in `to_tensor`.
 
-    Example:
+    Examples:
         >>> EvaluationTransform((8, 8))(Image.new("RGB", (40, 30)), torch.Generator()).shape
         torch.Size([3, 8, 8])
     """
@@ -212,7 +212,7 @@ class EvaluationTransform:
 def centre_box(width: int, height: int, size: tuple[int, int]) -> Box:
     """Return the central part of an image that evaluation shows at ``size`` (height, width).
 
-    Example:
+    Examples:
         >>> centre_box(512, 256, (224, 224))
         (144.0, 16.0, 368.0, 240.0)
     """

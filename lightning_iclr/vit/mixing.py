@@ -25,7 +25,7 @@ def mixup(images: Tensor, targets: Tensor, p: float, generator: torch.Generator)
     Raises:
         ValueError: ``p`` is not positive, or images and targets do not fit together.
 
-    Example:
+    Examples:
         >>> images, targets = torch.rand(4, 3, 8, 8), torch.eye(4)
         >>> mixed, weights = mixup(images, targets, p=0.2, generator=torch.Generator().manual_seed(0))
         >>> weights.sum(dim=1).tolist()
@@ -55,7 +55,7 @@ def cutmix(images: Tensor, targets: Tensor, p: float, generator: torch.Generator
     Raises:
         ValueError: ``p`` is not positive, or images and targets do not fit together.
 
-    Example:
+    Examples:
         >>> images, targets = torch.rand(4, 3, 8, 8), torch.eye(4)
         >>> mixed, weights = cutmix(images, targets, p=1.0, generator=torch.Generator().manual_seed(0))
         >>> mixed.shape

@@ -49,7 +49,7 @@ class PatchEmbed(nn.Module):
     Raises:
         ValueError: The stem's stride does not divide ``patch_size``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> PatchEmbed(patch_size=(2, 4), in_channels=1, dim=32)(torch.zeros(4, 1, 8, 8)).shape
         torch.Size([4, 8, 32])
@@ -84,7 +84,7 @@ class AttentionPool(nn.Module):
         activation: Non-linearity of the MLP.
         norm_eps: Epsilon of the LayerNorm.
 
-    Example:
+    Examples:
         >>> import torch
         >>> AttentionPool(dim=8, num_heads=2, mlp_dim=16)(torch.zeros(3, 5, 8)).shape
         torch.Size([3, 8])
@@ -146,7 +146,7 @@ class VisionTransformer(nn.Module):
     Raises:
         ValueError: Sizes that do not fit each other, an unknown choice, or a probability outside [0, 1).
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = VisionTransformer(image_size=(8, 16), patch_size=4, num_classes=10, dim=32, depth=2, num_heads=4)
         >>> net(torch.zeros(2, 3, 8, 16)).shape

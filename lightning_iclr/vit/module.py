@@ -48,7 +48,7 @@ class ViTClassifier(LightningModule):
     Raises:
         ValueError: A number outside its range, an unknown loss, or a network that does not tell its classes.
 
-    Example:
+    Examples:
         >>> from lightning_iclr.vit import ViTClassifier, VisionTransformer
         >>> net = VisionTransformer(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, num_heads=2)
         >>> ViTClassifier(net)(torch.zeros(2, 3, 8, 8)).shape

@@ -35,7 +35,7 @@ class Names:
         groups: Names of modules, and of parameters that belong to no module.
         separator: What their names put between a module and its parameter.
 
-    Example:
+    Examples:
         >>> BIG_VISION.ours("Transformer/encoderblock_3/LayerNorm_1/scale")
         'blocks.3.norm2.weight'
         >>> HUGGING_FACE.theirs("blocks.3.attn.q.bias")

@@ -24,7 +24,7 @@ def param_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict[str, A
     Raises:
         ValueError: ``layer_decay`` is outside (0, 1], or is below 1 and the model has no ``blocks.i``.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> [(len(g["params"]), g.get("weight_decay")) for g in param_groups(nn.Linear(3, 2))]
         [(1, None), (1, 0.0)]

@@ -21,7 +21,7 @@ def draw_attention_distance(distances: Mapping[str, Tensor], uniform: float | No
         distances: Mean attention distances (L, H) in pixels by the panel's title.
         uniform: Distance of heads that attend to all patches alike, drawn as a line.
 
-    Example:
+    Examples:
         >>> figure = draw_attention_distance({"before": torch.rand(4, 2), "after": torch.rand(4, 2)})
         >>> len(figure.axes)
         2
@@ -49,7 +49,7 @@ def draw_rollout(images: Tensor, heat: Tensor, titles: Sequence[str], columns: i
         titles: One for each image.
         columns: Images in a row.
 
-    Example:
+    Examples:
         >>> figure = draw_rollout(torch.rand(3, 1, 8, 8), torch.rand(3, 4, 4), ["a", "b", "c"])
         >>> len(figure.axes)
         6
@@ -78,7 +78,7 @@ def draw_position_similarity(similarity: Tensor) -> Figure:
     Args:
         similarity: Cosines (h, w, h, w).
 
-    Example:
+    Examples:
         >>> len(draw_position_similarity(torch.rand(2, 3, 2, 3)).axes)
         2
     """
@@ -107,7 +107,7 @@ def draw_patch_filters(filters: Tensor, columns: int = 7) -> Figure:
         filters: Components (n, C, ph, pw); in colour if C is 3.
         columns: Components in a row.
 
-    Example:
+    Examples:
         >>> len(draw_patch_filters(torch.randn(9, 3, 4, 4)).axes)
         9
     """
@@ -131,7 +131,7 @@ def draw_masked_patches(rows: Mapping[str, Tensor]) -> Figure:
     Args:
         rows: Images (B, C, H, W) in [0, 1] by the row's title.
 
-    Example:
+    Examples:
         >>> len(draw_masked_patches({"input": torch.rand(5, 1, 8, 8), "target": torch.rand(5, 1, 8, 8)}).axes)
         2
     """
@@ -152,7 +152,7 @@ def draw_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]])
     Args:
         panels: Points (step, value) by curve by panel.
 
-    Example:
+    Examples:
         >>> len(draw_curves({"loss": {"train": [(1, 2.3), (2, 2.0)]}}).axes)
         1
     """

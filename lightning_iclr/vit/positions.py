@@ -32,7 +32,7 @@ def sincos2d(dim: int, grid: Grid, temperature: float = 10_000.0, dtype: torch.d
     Raises:
         ValueError: ``dim`` is not a positive multiple of 4, or a number is not positive.
 
-    Example:
+    Examples:
         >>> sincos2d(8, (2, 3)).shape
         torch.Size([6, 8])
     """
@@ -77,7 +77,7 @@ def resize_position_embedding(
         ValueError: ``position_embedding`` does not have the tokens of ``old_grid``, a grid is empty, or ``mode`` is
             unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> resize_position_embedding(torch.zeros(1, 1 + 4, 8), (2, 2), (3, 5)).shape
         torch.Size([1, 16, 8])

@@ -85,7 +85,7 @@ class MaskedPatchPrediction(nn.Module):
         ValueError: A number outside its range, an unknown target, or patches below 4 pixels for ``patch_4x4``.
         TypeError: An encoder without ``embed`` and ``encode``.
 
-    Example:
+    Examples:
         >>> from lightning_iclr.vit import VisionTransformer
         >>> encoder = VisionTransformer(image_size=8, patch_size=2, num_classes=0, dim=16, depth=1, num_heads=2)
         >>> out = MaskedPatchPrediction(encoder)(torch.rand(5, 3, 8, 8))

@@ -26,7 +26,7 @@ class StdConv2d(nn.Conv2d):
         kernel_size: Height and width of the kernel.
         stride: Step between outputs.
 
-    Example:
+    Examples:
         >>> import torch
         >>> StdConv2d(3, 8, kernel_size=7, stride=2)(torch.zeros(1, 3, 32, 33)).shape
         torch.Size([1, 8, 16, 17])
@@ -60,7 +60,7 @@ class Bottleneck(nn.Module):
     Raises:
         ValueError: ``channels`` is not a multiple of 32, the groups of a norm.
 
-    Example:
+    Examples:
         >>> import torch
         >>> Bottleneck(64, channels=32, stride=2)(torch.zeros(1, 64, 9, 8)).shape
         torch.Size([1, 128, 5, 4])
@@ -165,7 +165,7 @@ class HybridStem(nn.Module):
         ValueError: A stage without bottlenecks, ``width`` that is no multiple of 32 (the groups of a norm), or no
             channels.
 
-    Example:
+    Examples:
         >>> import torch
         >>> stem = HybridStem(layers=(1, 1, 1), width=32)
         >>> stem.stride, stem.out_channels, stem(torch.zeros(1, 3, 32, 64)).shape

@@ -98,7 +98,7 @@ def select_split(tables: dict[str, Table], spec: str, argument: str) -> Table:
     Raises:
         ValueError: There is no such split; the error names the ones there are, and the argument to change.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> len(select_split({"train": Dataset.from_dict({"x": range(200)})}, "train[:99%]", "train_split"))
         198
@@ -154,7 +154,7 @@ def read_labels(
     Raises:
         ValueError: The column is missing, or a label is missing or outside of the range; the error names the row.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> read_labels(Dataset.from_dict({"label": ["dog", "cat"]}), "label", [], None, "train")
         (tensor([1, 0]), ['cat', 'dog'])
@@ -207,7 +207,7 @@ def stratified_holdout(labels: Tensor, fraction: float, seed: int) -> tuple[Tens
     Raises:
         ValueError: One of the parts would be empty.
 
-    Example:
+    Examples:
         >>> kept, held_out = stratified_holdout(torch.arange(4).repeat(25), 0.2, seed=0)
         >>> (held_out % 4).bincount().tolist()
         [5, 5, 5, 5]
