@@ -192,10 +192,27 @@ def few_labels(seeds: int, labels: int = 100) -> dict[str, Any]:
         row["rbf_svc"] = _references(data)["rbf_svc"]
         rows.append(row)
         print(row, flush=True)
+    _draw_few_labels(rows, labels)
     gains = [row["pretrained"] - row["scratch"] for row in rows]
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
     means = {arm: statistics.mean(row[arm] for row in rows) for arm in ("scratch", "pretrained", "rbf_svc")}
     return {"labels": labels, **means, "gain": statistics.mean(gains), "gain_standard_error": error, "runs": rows}
+
+
+def _draw_few_labels(rows: list[dict[str, Any]], labels: int) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        axes.plot([0, 1], [row["scratch"], row["pretrained"]], marker="o", color="C0")
+    machine = statistics.mean(row["rbf_svc"] for row in rows)
+    axes.axhline(machine, color="grey", linestyle=":", label="RBF machine (mean)")
+    axes.set(xticks=[0, 1], xticklabels=["from scratch", "pre-trained"], xlim=(-0.3, 1.3), ylabel="test accuracy")
+    axes.set_title(f"MNIST-5k, {labels} labels; a line for each seed")
+    axes.legend(loc="lower right")
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURES / "vit_few_labels.png", dpi=120)
 
 
 def _fit_pretraining(

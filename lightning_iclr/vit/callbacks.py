@@ -250,9 +250,11 @@ class TrainingCurves(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        for name in ("val/loss", "val/accuracy", "val/masked_accuracy"):
-            if name in trainer.callback_metrics:
-                self._record(name, trainer.global_step, float(trainer.callback_metrics[name]))
+        for name, value in trainer.callback_metrics.items():
+            if name in ("val/loss", "val/accuracy", "val/masked_accuracy"):
+                self._record(name, trainer.global_step, float(value))
+            elif name.startswith("fewshot/"):
+                self._record(f"{name.removeprefix('fewshot/')}/few-shot accuracy", trainer.global_step, float(value))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         panels: dict[str, dict[str, list[tuple[int, float]]]] = {}

@@ -1,5 +1,8 @@
 import csv
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 from lightning_iclr.__main__ import main
 from lightning_iclr._recipes import HEADER, list_recipes, recipe_header, recipe_root
 from lightning_iclr.cli import ICLRCLI
+from lightning_iclr.vit import ViTClassifier
 
 OVERLAYS = [name for name in list_recipes() if name.startswith("trainer/")]
 EMBEDDED = [name for name in list_recipes() if recipe_header(name).get("data", "").startswith("embedded")]
@@ -117,3 +121,18 @@ def test_a_full_scale_recipe_fits_two_steps_when_shrunk(name, images):
     main(["fit", "--config", name, *small, *FAST, *ONE_CPU, "--trainer.num_sanity_val_steps=0"])
     assert Path("lightning_logs/version_0/checkpoints/last.ckpt").is_file()
     assert Path("lightning_logs/version_0/figures/training_curves.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trainer/ddp", "trainer/fsdp"])
+def test_an_overlay_for_several_devices_runs_on_two_cpu_processes(name):
+    command = [sys.executable, "-m", "lightning_iclr", "fit", "--config", "vit/digits", "--config", name, *FAST]
+    command += ["--trainer.accelerator=cpu", "--trainer.devices=2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(recipe_root().parent), os.environ["PYTHONPATH"]])}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "distributed_backend=gloo" in result.stderr
+    checkpoint = Path("lightning_logs/version_0/checkpoints/last.ckpt")
+    assert ViTClassifier.load_from_checkpoint(checkpoint, weights_only=True).net.depth == 4
+    drawn = {path.stem for path in Path("lightning_logs/version_0/figures").iterdir()}
+    assert drawn == {"attention_distance", "rollout", "position_similarity", "patch_filters", "training_curves"}

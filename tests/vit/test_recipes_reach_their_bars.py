@@ -62,7 +62,7 @@ def test_mnist5k_reaches_96_per_cent_and_beats_a_support_vector_machine():
 
 def test_masked_patch_pre_training_helps_where_labels_are_few():
     pretext, checkpoint = train_and_test("vit/mnist5k_masked_patch")
-    assert pretext["test/masked_accuracy"] > 0.7  # 0.6 of all patches are the darkest class
+    assert pretext["test/masked_accuracy"] > 0.74  # 0.724 of all patches are of the darkest class
     scratch, _ = train_and_test("vit/mnist5k_masked_patch_finetune")
     pretrained, _ = train_and_test("vit/mnist5k_masked_patch_finetune", f"--model.pretrained={checkpoint}")
     assert pretrained["test/accuracy"] > scratch["test/accuracy"] + 0.02
