@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning_iclr.__main__ import main
 from lightning_iclr.vit import DigitsDataModule, MNIST5kDataModule
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 class Results(Callback):
