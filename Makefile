@@ -18,7 +18,7 @@ test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
 
 test-slow: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
 
 lint: .venv/dev
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
