@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -107,7 +108,7 @@ class AttentionPool(nn.Module):
         batch, length, dim = tokens.shape
         q = self.q(self.latent.expand(batch, -1, -1)).view(batch, 1, self.num_heads, -1).transpose(1, 2)
         k, v = self.kv(tokens).view(batch, length, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        pooled = nn.functional.scaled_dot_product_attention(q, k, v)
+        pooled = F.scaled_dot_product_attention(q, k, v)
         pooled = self.proj(pooled.transpose(1, 2).reshape(batch, dim))
         out: Tensor = pooled + self.mlp(self.norm(pooled))
         return out

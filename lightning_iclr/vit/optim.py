@@ -36,7 +36,9 @@ def param_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict[str, A
         for prefix, module in model.named_modules()
         if isinstance(module, _KERNELS)
     }
-    depth = 1 + max((int(m[1]) for name, _ in model.named_parameters() if (m := _BLOCK.search(name))), default=-1)
+    # A hybrid's convolutional stem numbers blocks of its own, below patch_embed.
+    names = [name for name, _ in model.named_parameters() if not _STEM.search(name)]
+    depth = 1 + max((int(match[1]) for name in names if (match := _BLOCK.search(name))), default=-1)
     if layer_decay < 1.0 and not depth:
         raise ValueError(f"layer_decay must be 1 for a model without parameters named blocks.i, got {layer_decay}")
     groups: dict[tuple[int, bool], dict[str, Any]] = {}

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
@@ -79,8 +80,20 @@ def test_another_size_equals_hugging_face_s_interpolation():
 def test_names_of_transformers_4_load_too():
     state = network().state_dict()
     old = to_hf(state, version=4)
-    assert "vit.encoder.layer.1.attention.attention.query.weight" in old
-    assert "vit.encoder.layer.0.attention.output.dense.bias" in old
+    assert {name for name in old if "layer.0." in name} == {
+        f"vit.encoder.layer.0.{module}.{leaf}"
+        for module in (
+            "layernorm_before",
+            "attention.attention.query",
+            "attention.attention.key",
+            "attention.attention.value",
+            "attention.output.dense",
+            "layernorm_after",
+            "intermediate.dense",
+            "output.dense",
+        )
+        for leaf in ("weight", "bias")
+    }
     back = convert_state_dict(old)
     assert all(torch.equal(back[name], state[name]) for name in state)
     assert back.keys() == state.keys()
@@ -89,17 +102,78 @@ def test_names_of_transformers_4_load_too():
 # The official files
 
 
-def npz_key(ours, leaf):
-    return f"Transformer/encoderblock_{ours}/{leaf}"
+def npz_key(block, leaf):
+    return f"Transformer/encoderblock_{block}/{leaf}"
+
+
+def official_arrays(patches=6, dim=16, heads=2, mlp=24, depth=2, hidden=12, classes=3):
+    """Draw what ``vit_jax`` would save, by its own names and shapes."""
+    width = dim // heads
+    shapes = {
+        "cls": (1, 1, dim),
+        "embedding/kernel": (4, 4, 3, dim),
+        "embedding/bias": (dim,),
+        "Transformer/posembed_input/pos_embedding": (1, 1 + patches, dim),
+        "Transformer/encoder_norm/scale": (dim,),
+        "Transformer/encoder_norm/bias": (dim,),
+        "pre_logits/kernel": (dim, hidden),
+        "pre_logits/bias": (hidden,),
+        "head/kernel": (hidden, classes),
+        "head/bias": (classes,),
+    }
+    for i in range(depth):
+        for number in (0, 2):
+            shapes |= {npz_key(i, f"LayerNorm_{number}/{leaf}"): (dim,) for leaf in ("scale", "bias")}
+        for part in ("query", "key", "value"):
+            shapes[npz_key(i, f"MultiHeadDotProductAttention_1/{part}/kernel")] = (dim, heads, width)
+            shapes[npz_key(i, f"MultiHeadDotProductAttention_1/{part}/bias")] = (heads, width)
+        shapes[npz_key(i, "MultiHeadDotProductAttention_1/out/kernel")] = (heads, width, dim)
+        shapes[npz_key(i, "MultiHeadDotProductAttention_1/out/bias")] = (dim,)
+        shapes[npz_key(i, "MlpBlock_3/Dense_0/kernel")] = (dim, mlp)
+        shapes[npz_key(i, "MlpBlock_3/Dense_0/bias")] = (mlp,)
+        shapes[npz_key(i, "MlpBlock_3/Dense_1/kernel")] = (mlp, dim)
+        shapes[npz_key(i, "MlpBlock_3/Dense_1/bias")] = (dim,)
+    generator = np.random.default_rng(0)
+    return {name: generator.normal(0, 0.3, shape) for name, shape in shapes.items()}
+
+
+def in_big_vision_names(arrays):
+    """Rename arrays of ``vit_jax`` whose class token has no position; nothing else differs."""
+    assert not arrays["Transformer/posembed_input/pos_embedding"][:, 0].any()
+    renamed = {}
+    for name, array in arrays.items():
+        if name.endswith("pos_embedding"):
+            renamed["pos_embedding"] = array[:, 1:]
+            continue
+        name = name.replace("LayerNorm_2", "LayerNorm_1").replace("MlpBlock_3", "MlpBlock_0")
+        renamed[name.replace("MultiHeadDotProductAttention_1", "MultiHeadDotProductAttention_0")] = array
+    return renamed
+
+
+def official_norm(arrays, name, x):
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(var + 1e-6) * arrays[f"{name}/scale"] + arrays[f"{name}/bias"]
+
+
+def official_attention(arrays, name, queries, x):
+    q, k, v = (
+        np.einsum("td,dhe->the", tokens, arrays[f"{name}/{part}/kernel"]) + arrays[f"{name}/{part}/bias"]
+        for part, tokens in (("query", queries), ("key", x), ("value", x))
+    )
+    scores = np.einsum("the,she->hts", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    mixed = np.einsum("hts,she->the", weights, v)
+    return np.einsum("the,hed->td", mixed, arrays[f"{name}/out/kernel"]) + arrays[f"{name}/out/bias"]
+
+
+def official_mlp(arrays, name, x):
+    h = x @ arrays[f"{name}/Dense_0/kernel"] + arrays[f"{name}/Dense_0/bias"]
+    h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    return h @ arrays[f"{name}/Dense_1/kernel"] + arrays[f"{name}/Dense_1/bias"]
 
 
 def official_logits(arrays, image, depth=2):
-    """Evaluate the official arrays in numpy, as the paper's equations say and flax lays them out."""
-
-    def norm(x, name):
-        mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-        return (x - mean) / np.sqrt(var + 1e-6) * arrays[f"{name}/scale"] + arrays[f"{name}/bias"]
-
+    """Evaluate the arrays of ``vit_jax`` in numpy, as the paper's equations say and flax lays them out."""
     kernel = arrays["embedding/kernel"]
     size = kernel.shape[0]
     patches = [
@@ -109,35 +183,37 @@ def official_logits(arrays, image, depth=2):
     ]
     x = np.concatenate([arrays["cls"][0], np.stack(patches)]) + arrays["Transformer/posembed_input/pos_embedding"][0]
     for i in range(depth):
-        attention = npz_key(i, "MultiHeadDotProductAttention_1")
-        y = norm(x, npz_key(i, "LayerNorm_0"))
-        q, k, v = (
-            np.einsum("td,dhe->the", y, arrays[f"{attention}/{part}/kernel"]) + arrays[f"{attention}/{part}/bias"]
-            for part in ("query", "key", "value")
-        )
-        scores = np.einsum("the,she->hts", q, k) / np.sqrt(q.shape[-1])
-        weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-        mixed = np.einsum("hts,she->the", weights, v)
-        x = x + np.einsum("the,hed->td", mixed, arrays[f"{attention}/out/kernel"]) + arrays[f"{attention}/out/bias"]
-        y = norm(x, npz_key(i, "LayerNorm_2"))
-        mlp = npz_key(i, "MlpBlock_3")
-        h = y @ arrays[f"{mlp}/Dense_0/kernel"] + arrays[f"{mlp}/Dense_0/bias"]
-        h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-        x = x + h @ arrays[f"{mlp}/Dense_1/kernel"] + arrays[f"{mlp}/Dense_1/bias"]
-    token = norm(x, "Transformer/encoder_norm")[0]
+        y = official_norm(arrays, npz_key(i, "LayerNorm_0"), x)
+        x = x + official_attention(arrays, npz_key(i, "MultiHeadDotProductAttention_1"), y, y)
+        y = official_norm(arrays, npz_key(i, "LayerNorm_2"), x)
+        x = x + official_mlp(arrays, npz_key(i, "MlpBlock_3"), y)
+    token = official_norm(arrays, "Transformer/encoder_norm", x)[0]
     token = np.tanh(token @ arrays["pre_logits/kernel"] + arrays["pre_logits/bias"])
     return token @ arrays["head/kernel"] + arrays["head/bias"]
 
 
-def test_logits_equal_those_of_the_official_arrays_computed_in_numpy(tmp_path):
-    net = network(representation_size=12)
-    arrays = to_official(net.state_dict(), num_heads=2)
-    np.savez(tmp_path / "official.npz", **arrays)
-    loaded = network(representation_size=12, activation="gelu")
-    load_pretrained(loaded, tmp_path / "official.npz")
-    image = torch.randn(3, 8, 8, dtype=torch.float64)
+@pytest.mark.parametrize("layout", ["vit_jax", "big_vision", "big_vision_scan"])
+def test_logits_equal_those_of_the_official_arrays_computed_in_numpy(tmp_path, layout):
+    arrays = saved = official_arrays()
+    if layout != "vit_jax":
+        arrays["Transformer/posembed_input/pos_embedding"][:, 0] = 0
+        saved = in_big_vision_names(arrays)
+    if layout == "big_vision_scan":
+        first = {name for name in saved if "encoderblock_0" in name}
+        saved = {name: array for name, array in saved.items() if "encoderblock_" not in name} | {
+            name.replace("_0/", "/", 1): np.stack([saved[name], saved[name.replace("block_0", "block_1")]])
+            for name in first
+        }
+    np.savez(tmp_path / "official.npz", **saved)
+    net = network(image_size=(8, 12), representation_size=12, activation="gelu")
+    load_pretrained(net, tmp_path / "official.npz")
+    image = torch.randn(3, 8, 12, dtype=torch.float64)
     expected = official_logits(arrays, image.permute(1, 2, 0).numpy())
-    np.testing.assert_allclose(loaded(image[None])[0].detach().numpy(), expected, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(net(image[None])[0].detach().numpy(), expected, rtol=0, atol=1e-10)
+    written = to_official(net.state_dict(), num_heads=2, layout=layout)
+    assert written.keys() == saved.keys()
+    for name, array in saved.items():
+        np.testing.assert_array_equal(written[name], array, err_msg=name)
 
 
 @pytest.mark.parametrize("layout", ["vit_jax", "big_vision", "big_vision_scan"])
@@ -146,7 +222,8 @@ def test_logits_equal_those_of_the_official_arrays_computed_in_numpy(tmp_path):
 def test_the_round_trip_through_npz_is_exact(tmp_path, layout, prefix, dtype):
     net = network(pool="mean").to(dtype)
     arrays = to_official(net.state_dict(), num_heads=2, layout=layout)
-    np.savez(tmp_path / "net.npz", **{f"{prefix}{name}": array for name, array in arrays.items()})
+    around = {"opt/state/step": np.array(7)} if prefix.startswith("opt") else {}  # the optimizer's own is left alone
+    np.savez(tmp_path / "net.npz", **{f"{prefix}{name}": array for name, array in arrays.items()}, **around)
     loaded = load_official(tmp_path / "net.npz")
     assert loaded.keys() == net.state_dict().keys()
     for name, weight in net.state_dict().items():
@@ -163,20 +240,26 @@ def test_big_vision_folds_the_class_token_s_position_into_the_token():
     torch.testing.assert_close(loaded(images), net(images), rtol=0, atol=1e-12)
 
 
-def test_attention_pooling_travels_through_big_vision():
+def test_attention_pooling_of_big_vision_equals_numpy_s():
     net = network(pool="map")
     arrays = to_official(net.state_dict(), num_heads=2, layout="big_vision")
-    assert arrays["MAPHead_0/probe"].shape == (1, 1, 16)
     assert arrays["MAPHead_0/MultiHeadDotProductAttention_0/key/kernel"].shape == (16, 2, 8)
-    loaded = network(pool="map")
-    load_pretrained(loaded, arrays)
-    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in net.state_dict().items())
+    tokens = torch.randn(5, 16, dtype=torch.float64)
+    probe = arrays["MAPHead_0/probe"][0]
+    pooled = official_attention(arrays, "MAPHead_0/MultiHeadDotProductAttention_0", probe, tokens.numpy())
+    pooled += official_mlp(arrays, "MAPHead_0/MlpBlock_0", official_norm(arrays, "MAPHead_0/LayerNorm_0", pooled))
+    np.testing.assert_allclose(net.attn_pool(tokens[None]).detach().numpy(), pooled, rtol=0, atol=1e-10)
+    inlined = {name.removeprefix("MAPHead_0/"): array for name, array in arrays.items()}  # the first ViT-G files
+    for source in (arrays, inlined):
+        loaded = network(pool="map")
+        load_pretrained(loaded, source)
+        assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in net.state_dict().items())
 
 
-def test_bfloat16_arrays_of_jax_are_read():
+def test_bfloat16_arrays_of_jax_are_read(tmp_path):
     weights = torch.randn(4, 6).bfloat16()
-    array = weights.view(torch.int16).numpy().view("V2")
-    loaded = convert_state_dict({"head/kernel": array, "cls": np.zeros((1, 1, 6), np.float32)}, source="npz")
+    np.savez(tmp_path / "half.npz", **{"head/kernel": weights.view(torch.int16).numpy().view("V2")})
+    loaded = load_official(tmp_path / "half.npz")
     assert torch.equal(loaded["head.weight"], weights.T)
 
 
@@ -208,14 +291,90 @@ def test_a_hybrid_s_stem_has_the_official_keys(layers, keys):
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in net.state_dict().items())
 
 
-def test_timm_s_names_are_ours_but_for_a_stem_without_stages():
+def official_stem(layers, width=64):
+    """Names and shapes of a hybrid's stem in ``vit_jax``."""
+    shapes = {"conv_root/kernel": (7, 7, 3, width), "gn_root/scale": (width,), "gn_root/bias": (width,)}
+    before = width
+    for block, units in enumerate(layers, start=1):
+        middle = width * 2 ** (block - 1)
+        for unit in range(1, units + 1):
+            at = f"block{block}/unit{unit}"
+            sizes = {"1": (1, before, middle), "2": (3, middle, middle), "3": (1, middle, 4 * middle)}
+            sizes |= {"_proj": (1, before, 4 * middle)} if unit == 1 else {}
+            for suffix, (size, inside, outside) in sizes.items():
+                shapes[f"{at}/conv{suffix}/kernel"] = (size, size, inside, outside)
+                shapes[f"{at}/gn{suffix}/scale"] = shapes[f"{at}/gn{suffix}/bias"] = (outside,)
+            before = 4 * middle
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("variant", "layers", "patch", "features"),
+    [
+        ("R+Ti/16", (), 8, 64),
+        ("R26+S/32", (2, 2, 2, 2), 1, 2048),
+        ("R50+B/16", (3, 4, 9), 1, 1024),
+        ("R50+L/32", (3, 4, 6, 3), 1, 2048),
+    ],
+)
+def test_the_hybrids_find_every_weight_of_the_official_files(variant, layers, patch, features):
+    with torch.device("meta"):
+        net = VisionTransformer.from_variant(variant, dim=16, num_heads=2, mlp_dim=24, depth=2, num_classes=3)
+        shapes = {name: array.shape for name, array in official_arrays(patches=math.prod(net.grid), hidden=16).items()}
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("pre_logits")}
+        shapes |= official_stem(layers) | {"embedding/kernel": (patch, patch, features, 16)}
+        weights = convert_state_dict({name: torch.empty(shape) for name, shape in shapes.items()})
+    expected = {name: weight.shape for name, weight in net.state_dict().items()}
+    assert {name: weight.shape for name, weight in weights.items()} == expected
+
+
+TIMM = """
+    cls_token pos_embed patch_embed.proj.weight patch_embed.proj.bias norm.weight norm.bias head.weight head.bias
+    blocks.0.norm1.weight blocks.0.norm1.bias blocks.0.attn.qkv.weight blocks.0.attn.qkv.bias
+    blocks.0.attn.proj.weight blocks.0.attn.proj.bias blocks.0.norm2.weight blocks.0.norm2.bias
+    blocks.0.mlp.fc1.weight blocks.0.mlp.fc1.bias blocks.0.mlp.fc2.weight blocks.0.mlp.fc2.bias
+"""
+TIMM_POOL = """
+    attn_pool.latent attn_pool.q.weight attn_pool.q.bias attn_pool.kv.weight attn_pool.kv.bias attn_pool.proj.weight
+    attn_pool.proj.bias attn_pool.norm.weight attn_pool.norm.bias attn_pool.mlp.fc1.weight attn_pool.mlp.fc1.bias
+    attn_pool.mlp.fc2.weight attn_pool.mlp.fc2.bias
+"""
+TIMM_STAGE = """
+    stem.conv.weight stem.norm.weight stem.norm.bias
+    stages.0.blocks.0.conv1.weight stages.0.blocks.0.norm1.weight stages.0.blocks.0.norm1.bias
+    stages.0.blocks.0.conv2.weight stages.0.blocks.0.norm2.weight stages.0.blocks.0.norm2.bias
+    stages.0.blocks.0.conv3.weight stages.0.blocks.0.norm3.weight stages.0.blocks.0.norm3.bias
+    stages.0.blocks.0.downsample.conv.weight stages.0.blocks.0.downsample.norm.weight
+    stages.0.blocks.0.downsample.norm.bias
+"""
+TIMM_ROOT = "conv.weight norm.weight norm.bias"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({}, set(TIMM.split())),
+        ({"pool": "map"}, set((TIMM + TIMM_POOL).split()) - {"cls_token"}),
+        ({"layers": (1,)}, set(TIMM.split()) | {f"patch_embed.backbone.{name}" for name in TIMM_STAGE.split()}),
+        ({"layers": ()}, set(TIMM.split()) | {f"patch_embed.backbone.{name}" for name in TIMM_ROOT.split()}),
+    ],
+)
+def test_exported_names_are_timm_s(arguments, names):
+    if "layers" in arguments:
+        arguments = {"image_size": 32, "patch_size": 16, "stem": HybridStem(arguments["layers"], width=32)}
+    state = network(depth=1, **arguments).state_dict()
+    exported = to_timm(state)
+    assert exported.keys() == names
+    back = convert_state_dict(exported, source="timm")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_timm_s_networks_without_a_class_position_get_a_row_of_zeros():
     state = network().state_dict()
-    assert to_timm(state) == state
-    stem = network(image_size=32, patch_size=16, stem=HybridStem((), width=32)).state_dict()
-    assert to_timm(stem).keys() - stem.keys() == {
-        f"patch_embed.backbone.{leaf}" for leaf in ("conv.weight", "norm.weight", "norm.bias")
-    }
-    assert convert_state_dict(to_timm(stem)).keys() == stem.keys()
+    back = convert_state_dict({**state, "pos_embed": state["pos_embed"][:, 1:]}, source="timm")
+    assert not back["pos_embed"][:, 0].any()
+    assert torch.equal(back["pos_embed"][:, 1:], state["pos_embed"][:, 1:])
 
 
 # What does not fit
@@ -263,6 +422,13 @@ def test_fine_tuning_drops_the_hidden_tanh_layer():
     assert net.head.weight.count_nonzero() == 0
 
 
+def test_a_hidden_tanh_layer_of_the_same_shape_stays_with_a_new_head():
+    net, arrays = network(representation_size=5), to_official(network(representation_size=5).state_dict(), 2)
+    load_pretrained(net, arrays, reset_head=True)
+    np.testing.assert_array_equal(net.pre_logits.weight.detach().numpy().T, arrays["pre_logits/kernel"])
+    assert net.head.weight.count_nonzero() == 0
+
+
 def test_positions_are_resized_to_the_network_s_grid():
     weights = network().state_dict()
     net = network(image_size=(16, 12))
@@ -291,18 +457,33 @@ def test_fixed_positions_stay_the_network_s_own():
         load_pretrained(large, learned, source="ours")
 
 
+def test_fixed_positions_need_none_in_the_file():
+    net = network(position="sincos2d", pool="mean")
+    before = net.pos_embed.clone()
+    arrays = to_official(network(position="none", pool="mean").state_dict(), num_heads=2, layout="big_vision")
+    assert "pos_embedding" not in arrays
+    load_pretrained(net, arrays)
+    assert torch.equal(net.pos_embed, before)
+
+
 def test_another_number_of_heads_is_noticed():
     arrays = to_official(network(num_heads=4).state_dict(), num_heads=4)
     with pytest.raises(ValueError, match=r"num_heads: expected 2, got \[4\]"):
         load_pretrained(network(), arrays)
 
 
-@pytest.mark.parametrize("build", [ViTClassifier, MaskedPatchPretraining])
-def test_checkpoints_of_our_modules_start_a_network(tmp_path, build):
-    module = build(VisionTransformer(**{**SIZES, "num_classes": 3 if build is ViTClassifier else 0}))
+@pytest.mark.parametrize(
+    ("build", "num_classes", "prefix"),
+    [(ViTClassifier, 3, "net."), (MaskedPatchPretraining, 0, "pretext.encoder.")],
+)
+def test_checkpoints_of_our_modules_start_a_network(tmp_path, build, num_classes, prefix):
+    module = build(VisionTransformer(**{**SIZES, "num_classes": num_classes}))
     for parameter in module.parameters():
         nn.init.normal_(parameter)
-    torch.save({"state_dict": module.state_dict()}, tmp_path / "ours.ckpt")
+    assert f"{prefix}blocks.0.norm1.bias" in module.state_dict()
+    trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "ours.ckpt")
     net = VisionTransformer(**SIZES)
     load_pretrained(net, tmp_path / "ours.ckpt", reset_head=True)
     for name, weight in module.net.state_dict().items():
@@ -359,6 +540,10 @@ def test_safetensors_are_read(tmp_path):
     load_pretrained(network(), tmp_path / "model.safetensors")
 
 
+def hybrid():
+    return network(image_size=32, patch_size=16, stem=HybridStem((), width=32)).state_dict()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -369,6 +554,16 @@ def test_safetensors_are_read(tmp_path):
         (lambda: load_pretrained(network(), "net.txt"), ValueError, "checkpoint must end in .npz"),
         (lambda: to_official(network().state_dict(), num_heads=3), ValueError, "num_heads must divide the width 16"),
         (lambda: to_hf(network(pool="mean").state_dict()), ValueError, r"lacks \['cls_token'\]"),
+        (lambda: to_hf(network().state_dict(), version=3), ValueError, "version must be 4 or 5, got 3"),
+        (lambda: to_hf(hybrid()), ValueError, "no weight like patch_embed.backbone.stem.conv.weight"),
+        (lambda: to_hf(network(representation_size=4).state_dict()), ValueError, "has no hidden tanh layer"),
+        (lambda: to_official(hybrid(), 2, "big_vision"), ValueError, "'big_vision' has no weight like patch_embed.b"),
+        (
+            lambda: to_official(network(pool="map").state_dict(), 2),
+            ValueError,
+            "'vit_jax' has no weight like attn_pool",
+        ),
+        (lambda: to_official(network().state_dict(), 2, "flax"), ValueError, "layout must be one of .*got 'flax'"),
         (lambda: to_timm(network(representation_size=4).state_dict()), ValueError, "timm has no hidden tanh layer"),
     ],
 )

@@ -44,6 +44,16 @@ def test_layer_decay_shrinks_the_rate_from_block_to_block():
         assert scale[id(parameter)] == 0.0625
 
 
+def test_a_hybrid_s_stem_counts_as_one_layer_however_many_blocks_it_has():
+    stem = HybridStem((3,), width=32)
+    net = VisionTransformer(**{**SIZES, "image_size": 32, "patch_size": 16, "depth": 1}, stem=stem)
+    groups = param_groups(net, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert {scale[id(p)] for p in net.patch_embed.parameters()} == {0.25}
+    assert {scale[id(p)] for p in net.blocks.parameters()} == {0.5}
+    assert scale[id(net.head.weight)] == 1.0
+
+
 def test_layer_decay_reaches_the_optimizer_and_its_schedule():
     module = ViTClassifier(
         VisionTransformer(**SIZES),

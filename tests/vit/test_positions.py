@@ -42,17 +42,26 @@ def test_the_other_modes_are_those_of_timm_and_hugging_face(mode, arguments):
     torch.testing.assert_close(resized[0], expected, rtol=0, atol=1e-12)
 
 
+def test_half_precision_is_interpolated_in_full():
+    positions = torch.randn(1, 1 + 14 * 14, 8).bfloat16()
+    expected = resize_position_embedding(positions.float(), (14, 14), (24, 24)).bfloat16()
+    resized = resize_position_embedding(positions, (14, 14), (24, 24))
+    assert resized.dtype == torch.bfloat16
+    assert torch.equal(resized, expected)
+
+
 def test_fixed_positions_are_sines_and_cosines_of_column_and_row():
     dim, grid = 12, (2, 5)
-    table = sincos2d(dim, grid)
+    table = sincos2d(dim, grid, dtype=torch.float64)
     assert table.shape == (10, dim)
+    assert sincos2d(dim, grid).dtype == torch.float32
     for row, column in itertools.product(*map(range, grid)):
         expected = np.zeros(dim)
         for i in range(dim // 4):
             frequency = 10_000 ** -(i / (dim // 4 - 1))
             expected[i], expected[3 + i] = np.sin(column * frequency), np.cos(column * frequency)
             expected[6 + i], expected[9 + i] = np.sin(row * frequency), np.cos(row * frequency)
-        np.testing.assert_allclose(table[row * grid[1] + column].numpy(), expected, atol=1e-6)
+        np.testing.assert_allclose(table[row * grid[1] + column].numpy(), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,26 @@ def test_stems_have_the_stride_and_channels_of_their_stages(layers, stride, chan
     assert features.shape == (1, channels, 64 // stride, 96 // stride)
 
 
+@pytest.mark.parametrize(
+    ("variant", "count"),
+    [("R+Ti/16", 6_355_944), ("R26+S/32", 36_468_392), ("R50+B/16", 98_950_952), ("R50+L/32", 329_092_136)],
+)
+def test_hybrids_have_the_published_parameter_counts(variant, count):
+    """At 384 pixels; timm's tables print 6.36, 36.47, 98.95 and 329.09 million."""
+    with torch.device("meta"):
+        net = VisionTransformer.from_variant(variant, image_size=384)
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+def test_every_bottleneck_of_a_new_stem_is_its_shortcut():
+    stem = HybridStem((2, 2), width=32).double()
+    images = torch.randn(1, 3, 32, 24, dtype=torch.float64)
+    expected = stem.stem(images)
+    for stage in stem.stages:  # only the first bottleneck of a stage changes shape, and so projects
+        expected = F.relu(stage.blocks[0].downsample(expected))
+    torch.testing.assert_close(stem(images), expected, rtol=0, atol=1e-12)
+
+
 def test_a_hybrid_trains_from_end_to_end():
     net = VisionTransformer(
         image_size=32, dim=16, depth=1, num_heads=2, num_classes=2, stem=HybridStem((1, 1, 1), width=32)
