@@ -42,11 +42,13 @@ def test_the_other_modes_are_those_of_timm_and_hugging_face(mode, arguments):
     torch.testing.assert_close(resized[0], expected, rtol=0, atol=1e-12)
 
 
-def test_half_precision_is_interpolated_in_full():
-    positions = torch.randn(1, 1 + 14 * 14, 8).bfloat16()
-    expected = resize_position_embedding(positions.float(), (14, 14), (24, 24)).bfloat16()
-    resized = resize_position_embedding(positions, (14, 14), (24, 24))
-    assert resized.dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["bilinear_corners", "bilinear", "bicubic", "bicubic_antialias"])
+def test_half_precision_is_rounded_once_after_interpolating(mode, dtype):
+    positions = torch.randn(1, 1 + 14 * 14, 8).to(dtype)
+    expected = resize_position_embedding(positions.float(), (14, 14), (24, 24), mode=mode).to(dtype)
+    resized = resize_position_embedding(positions, (14, 14), (24, 24), mode=mode)
+    assert resized.dtype == dtype
     assert torch.equal(resized, expected)
 
 
