@@ -15,7 +15,7 @@ demo: .venv/core
 	  && ls "$$(dirname "$$(dirname "$$checkpoint")")"/figures/*.png
 
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
