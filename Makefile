@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS := runs/demo
-PROBE := import importlib.util as i, lightning_iclr; [print(n) for n in ("torch", "lightning", "datasets") if not i.find_spec(n)]
+MISSING = import importlib.util as i; print(*[n for n in '$(1)'.split() if not i.find_spec(n)])
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-slow lint types docs bench wheel-test clean
@@ -33,19 +33,29 @@ wheel-test: .venv/test
 	maintainers/wheel_test.sh $(BIN)/python
 
 bench: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vit.py speed
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vit.py claim
+	for part in speed memory-peaks ablation accuracy masked-patch claim; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vit.py $$part || exit 1; \
+	done
 
 clean:
 	rm -rf .venv runs site dist
 
 # Each stamp installs the package with one more set of extras; it is made again when the pins or the metadata change,
-# or when the environment under it is gone or broken.
+# or when the environment under it is gone or lacks what the target runs.
+CORE := pip lightning_iclr torch lightning torchmetrics datasets jsonargparse matplotlib
+TEST := $(CORE) pytest xdist pytest_timeout build hatchling sklearn scipy transformers tensorboard
+DEV := $(TEST) ruff mypy pre_commit mkdocs material mkdocstrings
+
 .venv/core: EXTRAS :=
 .venv/test: EXTRAS := [test,tensorboard]
 .venv/dev: EXTRAS := [dev,tensorboard]
 
-.venv/core .venv/test .venv/dev: pyproject.toml constraints.txt $(if $(shell $(BIN)/python -c "$(PROBE)" 2>&1),rebuild)
+missing = $(if $(shell $(BIN)/python -c "$(call MISSING,$(1))" 2>&1),rebuild)
+.venv/core: $(call missing,$(CORE))
+.venv/test: $(call missing,$(TEST))
+.venv/dev: $(call missing,$(DEV))
+
+.venv/core .venv/test .venv/dev: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.$(EXTRAS)'

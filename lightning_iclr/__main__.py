@@ -43,6 +43,8 @@ def _recipes(argv: list[str]) -> None:
     try:
         if not argv:
             print(recipe_table())
+        elif argv in (["-h"], ["--help"]):
+            print("usage: lightning-iclr recipes [--copy RECIPE]")
         elif len(argv) == 2 and argv[0] == "--copy":
             print(f"wrote {copy_recipe(argv[1])}")
         else:

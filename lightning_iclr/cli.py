@@ -1,5 +1,7 @@
 """The command line: Lightning's own, with recipe names, one-line errors and the command to run next."""
 
+from __future__ import annotations
+
 import logging
 import re
 import shlex
@@ -7,21 +9,36 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
-from jsonargparse._actions import ActionConfigFile
+import torch
+import yaml
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # public, by a star import
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_iclr import __version__
 from lightning_iclr._recipes import find_recipe
+
+_EXPECTED = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    RuntimeError,  # torch's, of a checkpoint that is damaged or does not fit
+    UnpicklingError,
+    MisconfigurationException,
+)
 
 
 def run(argv: Sequence[str]) -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict``; what the user got wrong becomes one line and exit code 2.
 
-    Errors of the user's arguments, data or environment that show before any training are told in a line; one that
-    interrupts the training keeps its traceback. ``--debug`` keeps all tracebacks.
+    Errors of the user's arguments, data or environment that show before the first batch are told in a line; one that
+    interrupts a run keeps its traceback. ``--debug`` keeps all tracebacks. Class paths are looked up in the working
+    folder, too.
 
     Args:
         argv: The arguments after ``lightning-iclr``.
@@ -30,15 +47,18 @@ def run(argv: Sequence[str]) -> None:
     for message in ("LightningCLI's args parameter", "The dirpath has changed", ".*isinstance.treespec, LeafSpec"):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     debug = "--debug" in argv
     arguments = [argument for argument in argv if argument != "--debug"]
     if debug:
         ICLRCLI(args=arguments, parser_kwargs={"exit_on_error": False})
         return
+    begun = Begun()
     try:
-        ICLRCLI(args=arguments)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if _training_began(error):
+        ICLRCLI(args=arguments, begun=begun)
+    except _EXPECTED as error:
+        if begun.first_batch:
             raise
         _fail(error)
 
@@ -71,10 +91,12 @@ class ICLRCLI(LightningCLI):
     and ``predict`` want a checkpoint, and ``fit`` ends by printing the command that tests its own.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, begun: Begun | None = None, **kwargs: Any) -> None:
+        self.begun = begun or Begun()
         defaults: dict[str, Any] = {
             "seed_everything_default": 0,
             "auto_configure_optimizers": False,  # modules own configure_optimizers; two ways would clash
+            "save_config_callback": ReusableConfig,
             "save_config_kwargs": {"overwrite": True},  # else a second run into the same log_dir raises
             "parser_class": OneLineParser,
         }
@@ -92,16 +114,27 @@ class ICLRCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # On --ckpt_path Lightning reads the checkpoint's hyper-parameters over the command line's. For test and
         # predict that is wanted; a fit would silently train another model than the user asked for.
-        if self.config.get("subcommand") != "fit":
+        if self.config.get("subcommand") in ("validate", "test", "predict") and self._keeps_a_recipe():
             super()._parse_ckpt_path()
+
+    def _keeps_a_recipe(self) -> bool:
+        """Whether the checkpoint holds a recipe's model section; one of a run in Python does not."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if not path or not Path(path).is_file():
+            return False
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        return "_class_path" in checkpoint.get("hyper_parameters", {})
 
     def before_instantiate_classes(self) -> None:
         """Refuse to evaluate untrained weights, and name the newest checkpoint."""
         command = self.config.get("subcommand")
+        if command == "fit":
+            _check_schedule(self.config[command])
         if command not in ("validate", "test", "predict") or self.config[command].get("ckpt_path"):
             return
         config = self.config[command]
-        newest = newest_checkpoint(Path(config.trainer.default_root_dir or "."), config.model.get("class_path"))
+        classes = [config[section].get("class_path") for section in ("model", "data") if config.get(section)]
+        newest = newest_checkpoint(Path(config.trainer.default_root_dir or "."), classes)
         if newest is None:
             _fail(f"{command} needs --ckpt_path FILE, and there is no checkpoint here yet; run `fit` first")
         _fail(f"{command} needs --ckpt_path; the newest checkpoint here: --ckpt_path {shlex.quote(str(newest))}")
@@ -109,13 +142,13 @@ class ICLRCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer, which keeps the final weights."""
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(FinalCheckpoint())  # type: ignore[attr-defined]
+        trainer.callbacks.extend([self.begun, FinalCheckpoint()])  # type: ignore[attr-defined]
         return trainer
 
     def after_fit(self) -> None:
         """Print the command that tests what was trained."""
         path = final_checkpoint(self.trainer)
-        if path is not None and self.trainer.is_global_zero:
+        if path is not None and self.trainer.is_global_zero and path.is_file():  # a run that had ended writes none
             folder = path.parent.parent
             command = [
                 "lightning-iclr",
@@ -126,6 +159,28 @@ class ICLRCLI(LightningCLI):
                 _short(path),
             ]
             print(f"\nThe run is in {_short(folder)}; test it with\n  {shlex.join(command)}")
+
+
+class ReusableConfig(SaveConfigCallback):
+    """Save a run's configuration without the checkpoint it went on from, which is not that of the run."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        config = config.clone()
+        if config.get("ckpt_path"):
+            config.ckpt_path = None
+        super().__init__(parser, config, **kwargs)
+
+
+class Begun(Callback):
+    """Know whether a run has had its first batch."""
+
+    def __init__(self) -> None:
+        self.first_batch = False
+
+    def _begin(self, *_: Any, **__: Any) -> None:
+        self.first_batch = True
+
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _begin
 
 
 class FinalCheckpoint(Callback):
@@ -161,39 +216,46 @@ def final_checkpoint(trainer: Trainer) -> Path | None:
     return Path(folder) / "checkpoints" / "last.ckpt" if keeps and folder is not None else None
 
 
-def newest_checkpoint(root: Path, class_path: str | None) -> Path | None:
+def newest_checkpoint(root: Path, class_paths: Sequence[str | None] = ()) -> Path | None:
     """Return the newest checkpoint under a folder of runs.
 
     Args:
         root: The Trainer's ``default_root_dir``.
-        class_path: Class of the model; runs of other classes, as their ``config.yaml`` tells, are left out.
+        class_paths: Classes of the model and of the data; runs with others, as their ``config.yaml`` tells, are left
+            out.
     """
     found = [
         path
-        for pattern in ("*/*/checkpoints/*.ckpt", "checkpoints/*.ckpt")
-        for path in root.glob(pattern)
-        if _is_run_of(path.parent.parent / "config.yaml", class_path)
+        for depth in ("", "*/", "*/*/", "*/*/*/")  # run folders by the loggers' names and versions
+        for path in root.glob(f"{depth}checkpoints/*.ckpt")
+        if _is_run_of(path.parent.parent / "config.yaml", class_paths)
     ]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _is_run_of(config: Path, class_path: str | None) -> bool:
-    return class_path is None or not config.is_file() or f"class_path: {class_path}" in config.read_text("utf-8")
+def _is_run_of(config: Path, class_paths: Sequence[str | None]) -> bool:
+    if not config.is_file():
+        return True
+    saved = yaml.safe_load(config.read_text("utf-8"))
+    own = [(saved.get(section) or {}).get("class_path") for section in ("model", "data")]
+    return all(wanted is None or wanted in own for wanted in class_paths)
+
+
+def _check_schedule(config: Any) -> None:
+    # A schedule is built from an optimizer alone and cannot know how long the Trainer trains.
+    schedule = ((config.model or {}).get("init_args") or {}).get("lr_scheduler") or {}
+    total, steps = (schedule.get("init_args") or {}).get("total_steps"), config.trainer.max_steps
+    if isinstance(total, int) and steps > total:
+        warnings.warn(
+            f"the learning rate's schedule ends at step {total}, and trainer.max_steps is {steps}; to stretch it, "
+            f"add --model.lr_scheduler.total_steps {steps}",
+            stacklevel=2,
+        )
 
 
 def _short(path: Path) -> str:
     path = path.resolve()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _training_began(error: BaseException) -> bool:
-    """Whether a step of the module's is in the traceback."""
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_name in ("training_step", "optimizer_step", "validation_step", "test_step"):
-            return isinstance(trace.tb_frame.f_locals.get("self"), LightningModule)
-        trace = trace.tb_next
-    return False
 
 
 def _fail(error: BaseException | str) -> NoReturn:

@@ -58,6 +58,24 @@ def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
     return _generator(b"sample", seed, epoch, index)
 
 
+def step_generator(seed: int, epoch: int, batch_idx: int) -> torch.Generator:
+    """Return a CPU generator that belongs to one training step, the same on all processes.
+
+    It shares nothing with the generators of samples, whatever the numbers.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Pass over the data.
+        batch_idx: Batch of the epoch.
+
+    Examples:
+        >>> first, again = step_generator(0, 3, 7), step_generator(0, 3, 7)
+        >>> torch.equal(torch.rand(4, generator=first), torch.rand(4, generator=again))
+        True
+    """
+    return _generator(b"batch", seed, epoch, batch_idx)
+
+
 def seed_step(seed: int, epoch: int, batch_idx: int, rank: int) -> None:
     """Seed torch's own generators for one training step of one process.
 
@@ -77,7 +95,13 @@ def seed_step(seed: int, epoch: int, batch_idx: int, rank: int) -> None:
         >>> bool(first == torch.rand(()))
         True
     """
-    torch.manual_seed(_generator(b"step", seed, epoch, batch_idx, rank).initial_seed())
+    number = _generator(b"step", seed, epoch, batch_idx, rank).initial_seed()
+    # Not by torch.manual_seed: for devices that are not in use it formats a stack trace, a millisecond each time.
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(number)
 
 
 class EpochSampler(DistributedSampler[SampleKey]):
@@ -167,7 +191,12 @@ class EpochSampler(DistributedSampler[SampleKey]):
         return self.size // world_size if self.drop_last else -(-self.size // world_size)
 
 
-def _leave_finished_epoch(trainer: Trainer) -> None:
+def leave_finished_epoch(trainer: Trainer) -> None:
+    """Let a Trainer that has restored its loops at the end of an epoch go on with the next one.
+
+    Args:
+        trainer: The Trainer, in the middle of restoring a checkpoint.
+    """
     # Lightning 2.6 miscounts epochs when it resumes from a checkpoint of an epoch's very end, and then skips or repeats
     # batches: with max_steps it restarts inside the finished epoch and counts that twice; from the checkpoint of the
     # epoch's last batch it enters the next epoch without counting its start, so that a second resume goes wrong. What
@@ -311,7 +340,7 @@ class ResumableLoader(DataLoader[Any]):
         self._resume = dict(state_dict)
         self._keys.set_epoch(state_dict["epoch"])
         if self._trainer is not None:
-            _leave_finished_epoch(self._trainer)
+            leave_finished_epoch(self._trainer)
 
     def _identity(self) -> dict[str, int]:
         return {

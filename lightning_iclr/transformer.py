@@ -176,6 +176,14 @@ def init_linear_(layer: nn.Linear) -> None:
     nn.init.zeros_(layer.bias)
 
 
+def init_lecun_(layer: nn.Conv2d | nn.Linear) -> None:
+    """Draw a kernel of variance 1 / fan-in, cut at two standard deviations as in flax, and zero the bias."""
+    std = layer.weight[0].numel() ** -0.5 / 0.87962566103423978  # deviation of a unit normal cut at +-2
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
 def init_qkv_(layer: nn.Linear) -> None:
     """Draw the query, key and value thirds of a fused projection (3 D, D) each as a D x D Xavier kernel.
 

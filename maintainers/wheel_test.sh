@@ -33,15 +33,20 @@ assert shipped <= names, sorted(shipped - names)
 assert any(name.endswith("licenses/LICENSE") for name in names)
 PY
 run recipes
-run recipes | sed -n 's/^\(vit\/[a-z0-9_]*\) .*embedded.*/\1/p' >embedded.txt
-test "$(wc -l <embedded.txt)" -ge 4
+(cd "$root/recipes" && grep -l '^# data: embedded' ./*/*.yaml | sed 's/^..//; s/.yaml$//' | sort) >embedded.txt
+test "$(wc -l <embedded.txt)" -ge 11
+run recipes | grep ' embedded (' | sed 's/ .*//' | diff - embedded.txt
 while read -r recipe; do
-    fast=(--trainer.limit_train_batches 2 --trainer.limit_val_batches 1 --trainer.limit_test_batches 2
-        --trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.default_root_dir "$recipe" --trainer.enable_progress_bar false)
+    fast=(--trainer.limit_val_batches 1 --trainer.limit_test_batches 2 --trainer.default_root_dir "$recipe"
+        --trainer.enable_progress_bar false)
+    case $recipe in  # a federated round cannot be cut
+        fedopt/*) fast+=(--trainer.max_epochs 2 --data.max_local_steps 2) ;;
+        *) fast+=(--trainer.limit_train_batches 2 --trainer.max_steps 2 --trainer.val_check_interval 2) ;;
+    esac
     run fit --config "$recipe" "${fast[@]}" </dev/null
     checkpoint=$(find "$recipe" -name 'last.ckpt')
     run test --config "$recipe" "${fast[@]}" --ckpt_path "$checkpoint" </dev/null
     run predict --config "$recipe" "${fast[@]}" --trainer.limit_predict_batches 2 --ckpt_path "$checkpoint" </dev/null
-    test -n "$(find "$recipe" -name predictions.csv)"
+    ! grep -q PredictionWriter "$root/recipes/$recipe.yaml" || test -n "$(find "$recipe" -name predictions.csv)"
 done <embedded.txt
 echo "wheel test passed: $(wc -l <embedded.txt) recipes"

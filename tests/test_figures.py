@@ -42,13 +42,26 @@ def test_tensorboard_gets_the_same_figure(tmp_path, figure):
 
 
 def test_only_rank_zero_writes_and_all_ranks_agree_on_the_path(tmp_path):
+    class Counted(Figure):
+        writes = 0
+
+        def savefig(self, *args, **options):
+            Counted.writes += 1
+            super().savefig(*args, **options)
+
     def draw():
         trainer = Trainer(
             accelerator="cpu", devices=2, strategy="ddp", plugins=[Ranks()], logger=CSVLogger(tmp_path, name="runs")
         )
         trainer.strategy.setup_environment()
-        return {"path": str(show(Figure(), "curve", trainer)), "writes": trainer.is_global_zero}
+        return {"path": str(show(Counted(), "curve", trainer)), "writes": Counted.writes}
 
     first, second = run_distributed(draw)
     assert first["path"] == second["path"] == str(tmp_path / "runs/version_0/figures/curve.png")
-    assert (first["writes"], second["writes"]) == (True, False)
+    assert (first["writes"], second["writes"]) == (1, 0)
+
+
+def test_a_fast_development_run_leaves_nothing_behind(tmp_path, figure):
+    trainer = Trainer(fast_dev_run=True, accelerator="cpu", default_root_dir=tmp_path, enable_progress_bar=False)
+    show(figure, "curve", trainer)
+    assert not list(tmp_path.rglob("*.png"))

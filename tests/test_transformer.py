@@ -71,6 +71,14 @@ def test_dropped_path_keeps_the_mean_and_drops_whole_samples():
     torch.testing.assert_close(out.max(), torch.tensor(1 / (1 - p)))
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_both_branches_of_a_block_are_dropped(norm_first):
+    block = EncoderBlock(8, 2, norm_first=norm_first, drop_path=0.999).train()
+    tokens = torch.randn(4, 5, 8)
+    expected = tokens if norm_first else block.norm2(block.norm1(tokens))
+    torch.testing.assert_close(block(tokens), expected, rtol=0, atol=0)  # the seed keeps none of the eight
+
+
 def test_dropout_sits_after_attention_and_twice_in_the_mlp(monkeypatch):
     shapes = []
     real = F.dropout

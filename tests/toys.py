@@ -1,7 +1,7 @@
 """A tiny classifier over random tensors, with the shape that all methods' modules have, for tests of the command."""
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -73,6 +73,11 @@ class ToyClassifier(LightningModule):
     def configure_optimizers(self):
         optimizer = self.optimizer(self.parameters())
         return [optimizer], [] if self.lr_scheduler is None else [self.lr_scheduler(optimizer)]
+
+
+class FullDisk(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        raise OSError("no space left")
 
 
 class ToyImages(LightningDataModule):
