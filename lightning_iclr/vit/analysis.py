@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_iclr.transformer import Attention
-
-Grid = tuple[int, int]
+from lightning_iclr.vit.positions import Grid
 
 
 @torch.no_grad()
@@ -40,18 +39,9 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
         >>> [tuple(m.shape) for m in attention_maps(net, torch.zeros(1, 3, 8, 8))]
         [(1, 4, 17, 17), (1, 4, 17, 17)]
     """
-    pluggable = [m for m in model.modules() if isinstance(m, Attention) and m.attention is not None]
-    if pluggable:
-        kind = type(pluggable[0].attention).__name__
-        raise ValueError(f"model must have softmax attention; {kind} has no attention maps")
-    fused = [m for m in model.modules() if _is_fused_attention(m)]
+    fused = fused_attentions(model)
     if not fused:
         return _returned_maps(model, images)
-    foreign = sorted({name for m in fused for name, _ in m.named_parameters(recurse=False)})
-    if foreign:
-        raise ValueError(
-            f"model must have plain softmax attention; its attention layers also have {', '.join(foreign)}"
-        )
     maps: list[Tensor] = []
     hooks = [m.register_forward_pre_hook(lambda m, inputs: maps.append(_map(m, inputs[0]))) for m in fused]
     try:
@@ -62,6 +52,25 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
         for hook in hooks:
             hook.remove()
     return maps
+
+
+def fused_attentions(model: nn.Module) -> list[nn.Module]:
+    """Return the layers whose queries and keys `attention_maps` reads; none of a network that returns its maps.
+
+    Raises:
+        ValueError: A layer has no softmax attention.
+    """
+    pluggable = [m for m in model.modules() if isinstance(m, Attention) and m.attention is not None]
+    if pluggable:
+        kind = type(pluggable[0].attention).__name__
+        raise ValueError(f"model must have softmax attention; {kind} has no attention maps")
+    fused = [m for m in model.modules() if _is_fused_attention(m)]
+    foreign = sorted({name for m in fused for name, _ in m.named_parameters(recurse=False)})
+    if foreign:
+        raise ValueError(
+            f"model must have plain softmax attention; its attention layers also have {', '.join(foreign)}"
+        )
+    return fused
 
 
 def attention_distance(maps: Sequence[Tensor], grid: Grid, patch_size: int | Grid, renormalize: bool = False) -> Tensor:

@@ -1,6 +1,7 @@
 """What happens around training: pictures of what a network learns.
 
-Every callback runs the network on all ranks, since a sharded one computes together, and writes on rank zero.
+Every callback runs the network on all ranks, since a sharded one computes together, and writes on rank zero. A network
+without what a callback draws trains without that picture, and a warning says so.
 """
 
 import math
@@ -11,13 +12,21 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_iclr.figures import show
-from lightning_iclr.vit.analysis import attention_distance, attention_maps, patch_filters, position_similarity, rollout
+from lightning_iclr.vit.analysis import (
+    attention_distance,
+    attention_maps,
+    fused_attentions,
+    patch_filters,
+    position_similarity,
+    rollout,
+)
 from lightning_iclr.vit.model import VisionTransformer
 from lightning_iclr.vit.module import MaskedPatchPretraining
 from lightning_iclr.vit.pictures import (
@@ -48,6 +57,9 @@ class AttentionDistance(Callback):
         self.renormalize = renormalize
         self.distances: dict[str, Tensor] = {}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _warn_without_picture(self, stage, _no_attention(pl_module))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
             self._measure(trainer, pl_module, "before training")
@@ -61,10 +73,13 @@ class AttentionDistance(Callback):
             self._measure(trainer, pl_module, "half-way")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _no_attention(pl_module):
+            return
         self._measure(trainer, pl_module, "after training")
-        patches = math.prod(self._grid)
-        even = torch.full((1, 1, patches, patches), 1 / patches)
-        uniform = float(attention_distance([even], self._grid, vision_transformer(pl_module).patch_size))
+        net = vision_transformer(pl_module)
+        tokens = net.num_prefix_tokens + math.prod(self._grid)
+        even = torch.full((1, 1, tokens, tokens), 1 / tokens)
+        uniform = float(attention_distance([even], self._grid, net.patch_size, self.renormalize))
         show(draw_attention_distance(self.distances, uniform), "attention_distance", trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,6 +89,8 @@ class AttentionDistance(Callback):
         self.distances = dict(state_dict)
 
     def _measure(self, trainer: Trainer, module: LightningModule, moment: str) -> None:
+        if _no_attention(module):
+            return
         net = vision_transformer(module)
         images, _ = _validation_images(trainer, module, self.num_images)
         with evaluating(module):
@@ -101,7 +118,12 @@ class RolloutOverlay(Callback):
     def __init__(self, num_images: int = 16) -> None:
         self.num_images = at_least_one("num_images", num_images)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _warn_without_picture(self, stage, _no_attention(pl_module))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _no_attention(pl_module):
+            return
         net = vision_transformer(pl_module)
         images, labels = _validation_images(trainer, pl_module, self.num_images)
         with evaluating(pl_module):
@@ -124,12 +146,14 @@ class PositionSimilarity(Callback):
     """Draw the cosines of the position embeddings after training: ``position_similarity.png``."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if vision_transformer(pl_module).pos_embed is None:
-            raise ValueError("PositionSimilarity needs position embeddings, and the network has position='none'")
+        reason = "the network has position='none'" if vision_transformer(pl_module).pos_embed is None else None
+        _warn_without_picture(self, stage, reason)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         net = vision_transformer(pl_module)
-        positions = _whole(cast(Tensor, net.pos_embed)).detach().float().cpu()
+        if net.pos_embed is None:
+            return
+        positions = _whole(net.pos_embed).detach().float().cpu()
         show(draw_position_similarity(position_similarity(positions, net.grid)), "position_similarity", trainer)
 
 
@@ -147,11 +171,15 @@ class PatchFilters(Callback):
         self.n = at_least_one("n", n)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if hasattr(vision_transformer(pl_module).patch_embed, "backbone"):
-            raise ValueError("PatchFilters draws filters on pixels, and a hybrid's patches are features")
+        is_hybrid = hasattr(vision_transformer(pl_module).patch_embed, "backbone")
+        reason = "it draws filters on pixels, and a hybrid's patches are features" if is_hybrid else None
+        _warn_without_picture(self, stage, reason)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        weight = _whole(vision_transformer(pl_module).patch_embed.proj.weight).detach().float().cpu()
+        patch_embed = vision_transformer(pl_module).patch_embed
+        if hasattr(patch_embed, "backbone"):
+            return
+        weight = _whole(patch_embed.proj.weight).detach().float().cpu()
         show(draw_patch_filters(patch_filters(weight, self.n)), "patch_filters", trainer)
 
 
@@ -297,6 +325,20 @@ def vision_transformer(module: LightningModule) -> VisionTransformer:
     if not isinstance(net, VisionTransformer):
         raise TypeError(f"the module's net must be a VisionTransformer, got {type(net).__name__}")
     return net
+
+
+def _warn_without_picture(callback: Callback, stage: str, reason: str | None) -> None:
+    if stage == "fit" and reason is not None:
+        rank_zero_warn(f"{type(callback).__name__} is left out: {reason}")
+
+
+def _no_attention(module: LightningModule) -> str | None:
+    """Say why a network's attention cannot be shown, if so."""
+    try:
+        fused_attentions(vision_transformer(module))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _validation_images(trainer: Trainer, module: LightningModule, count: int) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,7 @@ from lightning_iclr.transformer import MLP
 from lightning_iclr.vit.conversion import Conversion, Source, as_tensor, convert, convert_state_dict, detect_source
 from lightning_iclr.vit.model import VisionTransformer
 from lightning_iclr.vit.naming import fused_name
-from lightning_iclr.vit.positions import ResizeMode, check_mode, resize_position_embedding, sincos2d
-
-Grid = tuple[int, int]
+from lightning_iclr.vit.positions import Grid, ResizeMode, check_mode, resize_position_embedding, sincos2d
 
 _HEAD = ("head", "pre_logits")
 _OUR_PREFIXES = ("net.", "pretext.encoder.")  # where ViTClassifier and MaskedPatchPretraining keep the network
@@ -94,7 +92,7 @@ def load_pretrained(
         conversion = Conversion({key: as_tensor(key, value) for key, value in state_dict.items()}, [], [], None, set())
     else:
         kind = detect_source(state_dict, source)
-        conversion = convert(state_dict, kind, old_grid or model.grid)
+        conversion = convert(state_dict, kind, old_grid, model.grid)
 
     weights = dict(conversion.weights)
     problems = _fit_positions(model, weights, old_grid, mode)

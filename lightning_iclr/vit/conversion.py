@@ -26,10 +26,10 @@ from lightning_iclr.vit.naming import (
     to_flax,
     unfuse,
 )
+from lightning_iclr.vit.positions import Grid
 
 Source = Literal["auto", "npz", "timm", "hf"]
 OfficialLayout = Literal["vit_jax", "big_vision", "big_vision_scan"]
-Grid = tuple[int, int]
 
 _ROOT = tuple(f"patch_embed.backbone.stem.{leaf}" for leaf in ("conv.weight", "norm.weight", "norm.bias"))
 _STACK = "Transformer/encoderblock/"
@@ -92,8 +92,17 @@ def convert_state_dict(
     return conversion.weights
 
 
-def convert(state_dict: Mapping[str, Any], source: Source = "auto", grid: Grid | None = None) -> Conversion:
-    """Convert like `convert_state_dict`, collecting what does not fit instead of raising."""
+def convert(
+    state_dict: Mapping[str, Any], source: Source = "auto", grid: Grid | None = None, network_grid: Grid | None = None
+) -> Conversion:
+    """Convert like `convert_state_dict`, collecting what does not fit instead of raising.
+
+    Without ``grid``, the checkpoint's patches may be a square or those of ``network_grid``.
+
+    Raises:
+        ValueError: As in `convert_state_dict`, or both are possible, one with a position for the class token and one
+            without.
+    """
     source = detect_source(state_dict, source)
     tensors = {name: as_tensor(name, value) for name, value in state_dict.items()}
     if source == "npz":
@@ -104,7 +113,7 @@ def convert(state_dict: Mapping[str, Any], source: Source = "auto", grid: Grid |
         root_alone = {name.replace("patch_embed.backbone.stem.", "patch_embed.backbone."): name for name in _ROOT}
         weights = {root_alone.get(name, name): tensor for name, tensor in tensors.items()}
         conversion = Conversion(weights, [], [], None, set())
-    _add_class_row(conversion.weights, grid, state_dict)
+    _add_class_row(conversion.weights, grid, network_grid, state_dict)
     return conversion
 
 
@@ -291,7 +300,9 @@ def _convert_hugging_face(tensors: dict[str, Tensor]) -> Conversion:
     return Conversion(weights, [name for name, ours in translated.items() if ours is None], broken, names, set())
 
 
-def _add_class_row(weights: dict[str, Tensor], grid: Grid | None, sources: Mapping[str, Any]) -> None:
+def _add_class_row(
+    weights: dict[str, Tensor], grid: Grid | None, network_grid: Grid | None, sources: Mapping[str, Any]
+) -> None:
     """Give the class token a zero position where its library gives it none."""
     positions = weights.get("pos_embed")
     if positions is None or positions.ndim != 3 or "cls_token" not in weights:
@@ -299,12 +310,14 @@ def _add_class_row(weights: dict[str, Tensor], grid: Grid | None, sources: Mappi
     if any(name.endswith(("posembed_input/pos_embedding", "embeddings.position_embeddings")) for name in sources):
         return  # these layouts always hold the row
     rows = positions.shape[1]
-    if grid is not None and 0 <= rows - math.prod(grid) <= 1:
-        has_row = rows == math.prod(grid) + 1
-    elif "pos_embed" in sources:
-        has_row = not _is_square(rows)
-    else:
-        has_row = rows > 1 and _is_square(rows - 1)
+    known = [math.prod(one) for one in (grid or network_grid,) if one is not None]
+
+    def fits(patches: int) -> bool:
+        return patches in known or (grid is None and patches > 0 and _is_square(patches))
+
+    if fits(rows) and fits(rows - 1):
+        raise ValueError(f"pos_embed: one of its {rows} rows may be the class token's or not; pass old_grid=(h, w)")
+    has_row = fits(rows - 1) or ("pos_embed" in sources and not fits(rows))
     if not has_row:
         weights["pos_embed"] = torch.cat([positions.new_zeros(1, 1, positions.shape[2]), positions], dim=1)
 

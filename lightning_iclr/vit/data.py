@@ -14,12 +14,12 @@ from torch.utils.data import Dataset
 from lightning_iclr.embedded import load_digits, load_mnist5k
 from lightning_iclr.sampling import ResumableLoader, SampleKey, sample_generator
 from lightning_iclr.vit.affine import random_affine
+from lightning_iclr.vit.images import PADDING
 
 if TYPE_CHECKING:  # importing datasets takes over a second
     from datasets import Dataset as Table
 
 Batch = tuple[Tensor, Tensor]
-PADDING = -100  # label of rows that only fill up a process's last batch; losses and metrics ignore it
 
 
 class _EmbeddedDataModule(LightningDataModule):

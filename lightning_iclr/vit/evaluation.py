@@ -1,12 +1,13 @@
 """What happens around training besides pictures: few-shot accuracy and predictions.csv."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -104,7 +105,8 @@ class PredictionWriter(Callback):
 
     A classifier's rows are ``image,label,probability`` with the likeliest class; those of `MaskedPatchPretraining` are
     ``image`` and the representation's ``feature_0``, ``feature_1``, ... ``image`` is the file or, where the data know
-    none, the row. Rows are in the data's order, on any number of processes.
+    none, the row. Rows are in the data's order, on any number of processes. Loaders of other sources than our data
+    modules serve images first; their rows are counted, and whatever comes second is not looked at.
     """
 
     def __init__(self) -> None:
@@ -126,23 +128,25 @@ class PredictionWriter(Callback):
         if not isinstance(pl_module, MaskedPatchPretraining):
             probability, label = outputs.float().max(dim=1)
             outputs = torch.stack([label.float(), probability], dim=1)
-        self._rows.append(batch[1])
+        # Batches of our data modules bring their rows; others' are dealt out to the processes in turn.
+        before = sum(map(len, self._rows))
+        counted = torch.arange(before, before + len(outputs), device=outputs.device) * trainer.world_size
+        self._rows.append(batch[1] if _names(trainer) else counted + trainer.global_rank)
         self._values.append(outputs.float())
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows, values = (_from_all_ranks(torch.cat(part)).flatten(0, 1).cpu() for part in (self._rows, self._values))
+        rows, values = torch.cat(self._rows), torch.cat(self._values)
+        lacking = int(_from_all_ranks(rows.new_tensor(len(rows))).max()) - len(rows)
+        rows, values = F.pad(rows, (0, lacking), value=-1), F.pad(values, (0, 0, 0, lacking))
+        rows, values = (_from_all_ranks(part).flatten(0, 1).cpu() for part in (rows, values))
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if not trainer.is_global_zero:
             return
         order = rows.argsort()
         order = order[rows[order] >= 0]  # negative ones only fill up a process's last batch
         rows, values = rows[order], values[order]
-        datamodule = getattr(trainer, "datamodule", None)
-        names = (
-            datamodule.names(rows)
-            if datamodule and hasattr(datamodule, "names")
-            else [str(row) for row in rows.tolist()]
-        )
+        named = _names(trainer)
+        names = named(rows) if named else [str(row) for row in rows.tolist()]
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "predictions.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -175,6 +179,10 @@ class _Rows(Dataset[Any]):
         keys = [SampleKey(self.rows[i], 0, False) for i in indices]
         together = getattr(self.dataset, "__getitems__", None)
         return together(keys) if together is not None else [self.dataset[key] for key in keys]
+
+
+def _names(trainer: Trainer) -> Callable[[Tensor], list[str]] | None:
+    return getattr(getattr(trainer, "datamodule", None), "names", None)
 
 
 def _represent(module: LightningModule, net: nn.Module, images: Tensor) -> Tensor:

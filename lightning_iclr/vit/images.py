@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -56,7 +57,8 @@ def open_image(source: Any) -> Image.Image:
     if not isinstance(source, str | bytes):
         raise BrokenImageError(f"expected a path, bytes, an image or an array of bytes; got {type(source).__name__}")
     try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        # Not by its path: Pillow would leave a damaged file open.
+        return Image.open(io.BytesIO(source if isinstance(source, bytes) else Path(source).read_bytes()))
     except Exception as error:  # Pillow's readers raise almost anything on a damaged file
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_iclr.transformer import MLP, Activation, Attention, EncoderBlock, init_linear_, init_qkv_
-from lightning_iclr.vit.positions import ResizeMode, check_mode, resize_position_embedding, sincos2d
+from lightning_iclr.transformer import MLP, Activation, Attention, EncoderBlock, init_lecun_, init_linear_, init_qkv_
+from lightning_iclr.vit.positions import Grid, ResizeMode, check_mode, resize_position_embedding, sincos2d
 from lightning_iclr.vit.resnet import HybridStem
 
-Grid = tuple[int, int]
 Pool = Literal["token", "mean", "map"]
 Position = Literal["learned", "sincos2d", "none"]
 
@@ -45,10 +44,10 @@ class PatchEmbed(nn.Module):
         patch_size: Height and width of a patch, in pixels of the image.
         in_channels: Channels of the image.
         dim: Width D of a token.
-        stem: Convolutional stem of a hybrid with attributes ``stride`` and ``out_channels``.
+        stem: Convolutional stem of a hybrid for ``in_channels``.
 
     Raises:
-        ValueError: The stem's stride does not divide ``patch_size``.
+        ValueError: The stem takes other channels, or its stride does not divide ``patch_size``.
 
     Examples:
         >>> import torch
@@ -60,6 +59,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         kernel = patch_size
         if stem is not None:
+            if stem.in_channels != in_channels:
+                raise ValueError(f"in_channels must be the stem's {stem.in_channels}, got {in_channels}")
             if patch_size[0] % stem.stride or patch_size[1] % stem.stride:
                 raise ValueError(f"patch_size must be a multiple of the stem's stride {stem.stride}, got {patch_size}")
             kernel = (patch_size[0] // stem.stride, patch_size[1] // stem.stride)
@@ -140,7 +141,8 @@ class VisionTransformer(nn.Module):
         position_mode: How learned positions are resized to another grid; see `resize_position_embedding`.
         attention: Builds each block's attention from (width, heads) in place of softmax; see `transformer.Attention`.
         checkpoint_blocks: Recompute each block in the backward pass instead of keeping its activations.
-        stem: ResNet stem of a hybrid (section 3.1, "Hybrid Architecture"); its stride divides ``patch_size``.
+        stem: ResNet stem of a hybrid (section 3.1, "Hybrid Architecture") for ``in_channels``; its stride divides
+            ``patch_size``.
         norm_eps: Epsilon of every LayerNorm.
         head_bias: Initial bias of the head; the official code takes -10 before sigmoid pre-training on ImageNet-21k.
 
@@ -304,7 +306,7 @@ class VisionTransformer(nn.Module):
                 for layer in (module.fc1, module.fc2):
                     nn.init.xavier_uniform_(layer.weight)
                     nn.init.normal_(layer.bias, std=1e-6)
-        _lecun_normal_(self.patch_embed.proj)
+        init_lecun_(self.patch_embed.proj)
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
         if isinstance(self.pos_embed, nn.Parameter):
@@ -317,7 +319,7 @@ class VisionTransformer(nn.Module):
                 nn.init.xavier_uniform_(half)
             nn.init.zeros_(self.attn_pool.kv.bias)
         if self.pre_logits is not None:
-            _lecun_normal_(self.pre_logits)
+            init_lecun_(self.pre_logits)
         self.reset_head()
 
     @torch.no_grad()
@@ -353,15 +355,6 @@ class VisionTransformer(nn.Module):
     def _fixed_positions(self, grid: Grid) -> Tensor:
         patches = sincos2d(self.dim, grid).view(1, -1, self.dim)
         return torch.cat([patches.new_zeros(1, self.num_prefix_tokens, self.dim), patches], dim=1)
-
-
-def _lecun_normal_(layer: nn.Conv2d | nn.Linear) -> None:
-    """Normal of variance 1 / fan_in, truncated at two standard deviations before rescaling, as flax draws it."""
-    fan_in = layer.weight[0].numel()
-    std = fan_in**-0.5 / 0.87962566103423978  # standard deviation of a unit normal truncated to [-2, 2]
-    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
 
 
 def _pair(name: str, size: int | tuple[int, int]) -> Grid:

@@ -1,7 +1,7 @@
 """Train and fine-tune Vision Transformers, and pre-train them on masked patches, under Lightning."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,15 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_iclr.hyperparameters import save_hyperparameters
-from lightning_iclr.sampling import sample_generator, seed_step
+from lightning_iclr.sampling import seed_step, step_generator
 from lightning_iclr.sharding import shard_blocks
 from lightning_iclr.vit.checkpoint import load_pretrained
+from lightning_iclr.vit.images import PADDING
 from lightning_iclr.vit.mixing import cutmix, mixup
 from lightning_iclr.vit.optim import param_groups, scale_learning_rates
 from lightning_iclr.vit.pretext import MaskedPatchPrediction, PretextOutput, Target
 
 Batch = tuple[Tensor, Tensor]
-PADDING = -100  # label of rows that only fill up a process's last batch
 
 
 class ViTClassifier(LightningModule):
@@ -93,6 +93,7 @@ class ViTClassifier(LightningModule):
         self.pretrained, self.reset_head = pretrained, reset_head
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.compile_net, self.is_configured = compile, False
+        self.is_started = False
         self.val_metrics, self.test_metrics = _Evaluation(num_classes), _Evaluation(num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -123,9 +124,11 @@ class ViTClassifier(LightningModule):
         if self.mixup or self.cutmix:
             images, targets = self._mix(images, self.one_hot(targets), batch_idx)
         loss = self.loss(self(images), targets).mean()
-        _check_finite(self, loss)
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        _check_finite(self, loss)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_metrics)
@@ -145,8 +148,18 @@ class ViTClassifier(LightningModule):
         return logits.softmax(dim=-1) if self.loss_name == "softmax" else logits.sigmoid()
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.pretrained is not None and self.trainer.ckpt_path is None:
+        _check_batches(self)
+        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if stage != "predict" and isinstance(classes, int) and classes > self.num_classes:
+            raise ValueError(f"num_classes must be at least the data module's {classes}, got {self.num_classes}")
+        if stage != "fit" or self.is_started:
+            return
+        self.is_started = True
+        if self.pretrained is not None and self.trainer.ckpt_path is None:
             load_pretrained(self.net, self.pretrained, reset_head=self.reset_head)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.is_started = True  # a fit that goes on from these weights must not put the pre-trained ones back
 
     def configure_model(self) -> None:
         _configure(self, self.net, self.net)
@@ -160,7 +173,7 @@ class ViTClassifier(LightningModule):
 
     def _mix(self, images: Tensor, targets: Tensor, batch_idx: int) -> Batch:
         # The same draw on all processes, and the same again in a resumed run.
-        generator = sample_generator(self.seed, self.current_epoch, batch_idx)
+        generator = step_generator(self.seed, self.current_epoch, batch_idx)
         both = self.mixup > 0 and self.cutmix > 0
         use_cutmix = self.cutmix > 0 and (not both or bool(torch.rand((), generator=generator) < 0.5))
         if use_cutmix:
@@ -252,10 +265,12 @@ class MaskedPatchPretraining(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out = self.corrupt_and_predict(batch[0], self.current_epoch, batch_idx)
-        _check_finite(self, out.loss)
         self.log("train/loss", out.loss, prog_bar=True)
         loss: Tensor = out.loss
         return loss
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        _check_finite(self, loss)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, "val", self.val_metrics)
@@ -270,9 +285,12 @@ class MaskedPatchPretraining(LightningModule):
 
     def corrupt_and_predict(self, images: Tensor, epoch: int, batch_idx: int) -> PretextOutput:
         """Run masked patch prediction with the draws of one step of an epoch, the same on any number of processes."""
-        generator = sample_generator(self.seed, epoch, batch_idx)
+        generator = step_generator(self.seed, epoch, batch_idx)
         out: PretextOutput = self.pretext(images, generator, (self.global_rank, self.trainer.world_size))
         return out
+
+    def setup(self, stage: str) -> None:
+        _check_batches(self)
 
     def configure_model(self) -> None:
         _configure(self, self.pretext, self.net)
@@ -345,10 +363,17 @@ def _optimizers(module: ViTClassifier | MaskedPatchPretraining, layer_decay: flo
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": module.lr_scheduler(optimizer), "interval": "step"}}
 
 
+def _check_batches(module: LightningModule) -> None:
+    """Refuse a data module whose batches are made for another library's models."""
+    batch_format = getattr(getattr(module.trainer, "datamodule", None), "batch_format", "tuple")
+    if batch_format != "tuple":
+        raise ValueError(f"batch_format must be 'tuple' for {type(module).__name__}, got {batch_format!r}")
+
+
 def _check_finite(module: LightningModule, loss: Tensor) -> None:
     """Stop on a NaN or infinite loss; on an accelerator only at logging steps, when the loss is fetched anyway."""
     every = module.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-    if module.device.type != "cpu" and (module.global_step + 1) % every:
+    if module.device.type != "cpu" and (every == 0 or (module.global_step + 1) % every):
         return
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss.detach()} at step {module.global_step}; try a lower learning rate")

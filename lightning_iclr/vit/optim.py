@@ -5,7 +5,10 @@ from typing import Any
 
 from torch import nn
 
-_KERNELS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_KERNELS: dict[type[nn.Module], tuple[str, ...]] = {
+    **dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), ("weight",)),
+    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+}
 
 
 def param_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict[str, Any]]:
@@ -32,9 +35,11 @@ def param_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict[str, A
     if not 0.0 < layer_decay <= 1.0:
         raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}")
     kernels = {
-        f"{prefix}.weight" if prefix else "weight"
+        f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
-        if isinstance(module, _KERNELS)
+        for kind, names in _KERNELS.items()
+        if isinstance(module, kind)
+        for name in names
     }
     # A hybrid's convolutional stem numbers blocks of its own, below patch_embed.
     names = [name for name, _ in model.named_parameters() if not _STEM.search(name)]

@@ -11,8 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-Grid = tuple[int, int]
-
 
 def draw_attention_distance(distances: Mapping[str, Tensor], uniform: float | None = None) -> Figure:
     """Draw a dot for each head against its block (figure 7, right), one panel for each moment of training.

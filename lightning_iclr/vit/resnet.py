@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_iclr.transformer import init_lecun_
+
 _GROUPS = 32  # of every GroupNorm, flax's default
 _EXPANSION = 4  # a bottleneck's output over its middle width
 
@@ -37,8 +39,7 @@ class StdConv2d(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         """Draw the kernel from flax's default, a truncated normal of variance 1 / fan-in."""
-        std = self.weight[0].numel() ** -0.5 / 0.87962566103423978  # deviation of a unit normal cut at +-2
-        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        init_lecun_(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', ceil(H / stride), ceil(W / stride))."""

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from datasets import Dataset
+from lightning.pytorch import Callback
 from PIL import Image
 
 from lightning_iclr.__main__ import main
 from lightning_iclr._recipes import HEADER, list_recipes, recipe_header, recipe_root
 from lightning_iclr.cli import ICLRCLI
-from lightning_iclr.vit import ViTClassifier
+from lightning_iclr.vit import VisionTransformer, ViTClassifier, to_official
 
 OVERLAYS = [name for name in list_recipes() if name.startswith("trainer/")]
 EMBEDDED = [name for name in list_recipes() if recipe_header(name).get("data", "").startswith("embedded")]
@@ -104,23 +106,71 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", FULL_SCALE)
-def test_a_full_scale_recipe_fits_two_steps_when_shrunk(name, images):
+def shrunk(name, images, size=32):
+    """Arguments that let a full-scale recipe run on two small images a step."""
     recipe = yaml.safe_load((recipe_root() / f"{name}.yaml").read_text())
     data = recipe["data"]["init_args"]
     file = images / f"{data.get('image_column', 'image')}_{data.get('label_column', 'label')}.parquet"
     net = recipe["model"]["init_args"]["net"]["init_args"]
     small = [f"--data.dataset={file}", "--data.train_split=train[:50%]", "--data.val_split=train[50%:]",
-             "--data.test_split=null", "--data.image_size=32", "--data.batch_size=4", "--data.num_workers=0",
-             "--model.net.image_size=32", "--model.net.patch_size=16", "--model.net.dim=16", "--model.net.depth=2",
+             "--data.test_split=null", f"--data.image_size={size}", "--data.batch_size=4", "--data.num_workers=0",
+             f"--model.net.image_size={size}", "--model.net.patch_size=16", "--model.net.dim=16", "--model.net.depth=2",
              "--model.net.num_heads=2", "--model.compile=false"]  # fmt: skip
     if net.get("representation_size"):
         small.append("--model.net.representation_size=16")
     if "pretrained" in recipe["model"]["init_args"]:
         small.append("--model.pretrained=null")
-    main(["fit", "--config", name, *small, *FAST, *ONE_CPU, "--trainer.num_sanity_val_steps=0"])
+    return [*small, *ONE_CPU, "--trainer.num_sanity_val_steps=0"]
+
+
+@pytest.mark.parametrize("name", FULL_SCALE)
+def test_a_full_scale_recipe_fits_two_steps_when_shrunk(name, images):
+    main(["fit", "--config", name, *shrunk(name, images), *FAST])
     assert Path("lightning_logs/version_0/checkpoints/last.ckpt").is_file()
     assert Path("lightning_logs/version_0/figures/training_curves.png").is_file()
+
+
+class Start(Callback):
+    """Keep the weights that training starts from, for the test to read."""
+
+    def on_train_start(self, trainer, pl_module):
+        torch.save(pl_module.net.state_dict(), "start.pt")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("vit/imagenet_b16_paper", "vit/imagenet_b16_384"),
+        ("vit/masked_patch_imagenet", "vit/imagenet_b16_384"),
+        ("vit/mnist5k_masked_patch", "vit/mnist5k_masked_patch_finetune"),
+        ("official.npz", "vit/cifar10_finetune"),
+        ("official.npz", "vit/cifar100_finetune"),
+    ],
+)
+def test_fine_tuning_starts_from_the_stage_before_it(first, second, images):
+    if first == "official.npz":
+        sizes = {"image_size": 32, "dim": 16, "depth": 2, "num_heads": 2, "representation_size": 16}
+        net = VisionTransformer(**sizes, num_classes=21)
+        np.savez(first, **to_official(net.state_dict(), num_heads=2))
+        before, path = net.state_dict(), first
+    else:
+        small = [] if first in EMBEDDED else shrunk(first, images)
+        main(["fit", "--config", first, *small, *FAST])
+        path = "lightning_logs/version_0/checkpoints/last.ckpt"
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        prefix = "pretext.encoder." if "masked_patch" in first else "net."
+        before = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    small = [] if second in EMBEDDED else shrunk(second, images, size=48)
+    last = ["--trainer.callbacks=tests.recipes.test_recipes.Start", f"--model.pretrained={path}"]
+    main(["fit", "--config", second, *small, *FAST, *last])
+    start = torch.load("start.pt", weights_only=True)
+    assert not start["head.weight"].any()
+    for name, weight in start.items():
+        if name == "pos_embed" and second not in EMBEDDED:
+            corners = weight[0, 1:].view(3, 3, -1)[::2, ::2].flatten(0, 1)
+            torch.testing.assert_close(corners, before[name][0, 1:])
+        elif not name.startswith("head."):
+            assert torch.equal(weight, before[name]), name
 
 
 @pytest.mark.slow

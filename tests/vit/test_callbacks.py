@@ -1,3 +1,4 @@
+import itertools
 import math
 from pathlib import Path
 
@@ -6,8 +7,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 from torch import nn
 
+from lightning_iclr.__main__ import main
 from lightning_iclr.vit import (
     AttentionDistance,
     DigitsDataModule,
@@ -20,8 +23,9 @@ from lightning_iclr.vit import (
     VisionTransformer,
     ViTClassifier,
 )
-from lightning_iclr.vit.analysis import attention_distance, attention_maps
+from lightning_iclr.vit.analysis import attention_distance, attention_maps, patch_filters, rollout
 from lightning_iclr.vit.callbacks import evaluating
+from lightning_iclr.vit.pictures import draw_rollout
 
 TINY = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 10, "dim": 8, "depth": 2, "num_heads": 2}
 
@@ -273,11 +277,130 @@ def test_callbacks_refuse_nothing_to_draw(kind, argument):
         kind(**{argument: 0})
 
 
+class Values(nn.Module):
+    """Attention that looks nowhere else."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+
+    def forward(self, q, k, v):
+        return v
+
+
+ROOT = {"patch_size": 4, "stem": "lightning_iclr.vit.HybridStem", "stem.layers": [], "stem.width": 32,
+        "stem.in_channels": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "missing"),
+    [
+        ({"attention": "tests.vit.test_callbacks.Values"}, {"AttentionDistance", "RolloutOverlay"}),
+        ({"position": "none"}, {"PositionSimilarity"}),
+        (ROOT, {"PatchFilters"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+def test_a_recipe_trains_a_network_that_some_of_its_pictures_do_not_suit(overrides, missing):
+    options = [f"--model.net.{name}={value}" for name, value in overrides.items()]
+    quick = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
+    with pytest.warns(UserWarning, match="is left out: ") as caught:
+        main(["fit", "--config", "vit/digits", *options, *quick, "--trainer.log_every_n_steps=1"])
+    messages = [str(warning.message) for warning in caught if "is left out" in str(warning.message)]
+    assert sorted(message.split()[0] for message in messages) == sorted(missing)
+    pictures = {
+        "AttentionDistance": "attention_distance",
+        "RolloutOverlay": "rollout",
+        "PositionSimilarity": "position_similarity",
+        "PatchFilters": "patch_filters",
+        "TrainingCurves": "training_curves",
+    }
+    drawn = {path.stem for path in Path("lightning_logs/version_0/figures").iterdir()}
+    assert drawn == {picture for name, picture in pictures.items() if name not in missing}
+
+
+# What the pictures show
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The arguments of each drawing function that a callback called."""
+    arguments = {}
+    for name in ("attention_distance", "rollout", "position_similarity", "patch_filters", "masked_patches"):
+        target = f"lightning_iclr.vit.callbacks.draw_{name}"
+        monkeypatch.setattr(target, lambda *given, name=name: (arguments.update({name: given}), Figure())[1])
+    return arguments
+
+
+@pytest.mark.parametrize("pool", ["token", "mean"])
+def test_the_rollout_of_each_image_is_drawn_on_it_and_mistakes_are_named(tmp_path, drawn, pool):
+    module, data = classifier(pool=pool), digits()
+    trainer(tmp_path, RolloutOverlay(5)).fit(module, datamodule=data)
+    pictures, heat, titles = drawn["rollout"]
+    images, labels = (part[:5] for part in next(iter(data.evaluation_loader("val"))))
+    pixels = images * 0.35 + 0.3
+    torch.testing.assert_close(pictures, pixels / pixels.max())
+    with torch.no_grad():
+        flow, guesses = rollout(attention_maps(module.net, images)), module.net(images).argmax(dim=1)
+    for image, title, guess, label in zip(range(5), titles, guesses.tolist(), labels.tolist(), strict=True):
+        expected = flow[image, 0, 1:] if pool == "token" else sum(flow[image, row] for row in range(4)) / 4
+        for row, column in itertools.product(range(2), range(2)):
+            assert heat[image, row, column].item() == pytest.approx(expected[2 * row + column].item(), rel=1e-5)
+        assert title == (str(guess) if guess == label else f"{guess}, not {label}")
+
+
+def test_heat_is_drawn_over_the_patch_that_it_belongs_to():
+    heat = torch.zeros(1, 2, 3)
+    heat[0, 0, 2] = 1.0
+    below = draw_rollout(torch.rand(1, 1, 8, 12), heat, [""]).axes[1].images[1]
+    assert below.origin == "upper"
+    row, column = divmod(int(below.get_array().argmax()), 12)
+    assert row < 4
+    assert column >= 8
+
+
+@pytest.mark.parametrize(
+    ("pool", "renormalize", "tokens"), [("token", False, 5), ("token", True, 4), ("mean", False, 4)]
+)
+def test_the_line_of_uniform_attention_counts_the_class_token_as_the_dots_do(
+    tmp_path, drawn, pool, renormalize, tokens
+):
+    callback = AttentionDistance(4, renormalize)
+    trainer(tmp_path, callback).fit(classifier(pool=pool), datamodule=digits())
+    distances, uniform = drawn["attention_distance"]
+    assert uniform == pytest.approx((0 + 4 + 4 + 4 * math.sqrt(2)) / tokens)
+    assert distances is callback.distances
+
+
+def test_position_and_filter_pictures_show_the_trained_network_s(tmp_path, drawn):
+    module = classifier()
+    trainer(tmp_path, PositionSimilarity(), PatchFilters(3)).fit(module, datamodule=digits())
+    positions, weight = module.net.pos_embed.detach()[0, 1:], module.net.patch_embed.proj.weight.detach()
+    for a, b in itertools.product(range(4), range(4)):
+        cosine = torch.cosine_similarity(positions[a], positions[b], dim=0).item()
+        assert drawn["position_similarity"][0][a // 2, a % 2, b // 2, b % 2].item() == pytest.approx(cosine, abs=1e-6)
+    assert torch.equal(drawn["patch_filters"][0], patch_filters(weight, 3))
+
+
+def test_masked_patches_are_drawn_at_their_places(tmp_path, drawn):
+    module, data = pretraining(), digits()
+    trainer(tmp_path, MaskedPatchReconstruction(3)).fit(module, datamodule=data)
+    images = next(iter(data.evaluation_loader("val")))[0][:3]
+    out = module.eval().corrupt_and_predict(images, -1, 0)
+    pixels = images * 0.35 + 0.3
+    expected = {name: pixels.clone() for name in ("input", "predicted", "target")}
+    for image, patches in enumerate(out.corrupted.tolist()):
+        for i, patch in enumerate(patches):
+            place = (image, 0, *(slice(4 * at, 4 * at + 4) for at in divmod(patch, 2)))
+            expected["input"][place] = 0.5
+            expected["predicted"][place] = (out.predictions[image, i].argmax() + 0.5) / 8
+            expected["target"][place] = (torch.floor(pixels[place].mean() * 8).clamp(max=7) + 0.5) / 8
+    (rows,) = drawn["masked_patches"]
+    torch.testing.assert_close(rows, expected)
+
+
 def test_callbacks_refuse_a_network_they_cannot_draw_before_training(tmp_path):
     with pytest.raises(TypeError, match="works with MaskedPatchPretraining, got ViTClassifier"):
         trainer(tmp_path, MaskedPatchReconstruction()).fit(classifier(), datamodule=digits())
-    with pytest.raises(ValueError, match="position='none'"):
-        trainer(tmp_path, PositionSimilarity()).fit(classifier(position="none"), datamodule=digits())
     foreign = ViTClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), num_classes=10)
     with pytest.raises(TypeError, match="net must be a VisionTransformer, got Sequential"):
         trainer(tmp_path, PatchFilters()).fit(foreign, datamodule=digits())

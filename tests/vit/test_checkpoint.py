@@ -17,6 +17,7 @@ from lightning_iclr.vit import (
     convert_state_dict,
     load_official,
     load_pretrained,
+    resize_position_embedding,
     to_hf,
     to_official,
     to_timm,
@@ -445,6 +446,29 @@ def test_a_grid_that_is_no_square_has_to_be_given():
     with pytest.raises(ValueError, match=r"pos_embed: its 6 patches fit no square.*pass old_grid=\(h, w\)"):
         load_pretrained(net, weights, source="ours")
     load_pretrained(net, weights, source="ours", old_grid=(2, 3))
+
+
+@pytest.mark.parametrize(("layout", "size"), [("timm", (20, 40)), ("big_vision", (24, 32))])
+def test_a_row_that_may_be_a_patch_s_or_the_class_token_s_needs_the_old_grid(layout, size):
+    # 7 x 7 patches: timm's 50 rows could be 5 x 10 patches alone, big_vision's 49 could be 6 x 8 and a class token.
+    old, net = network(image_size=28), network(image_size=size)
+    before = {name: weight.clone() for name, weight in net.state_dict().items()}
+    weights = to_timm(old.state_dict()) if layout == "timm" else to_official(old.state_dict(), 2, layout)
+    with pytest.raises(ValueError, match=r"pos_embed: one of its (49|50) rows may be .* pass old_grid=\(h, w\)"):
+        load_pretrained(net, weights)
+    assert unchanged(net, before)
+    load_pretrained(net, weights, old_grid=(7, 7))
+    corners = net.pos_embed[0, 1:].view(*net.grid, 16)[[0, 0, -1, -1], [0, -1, 0, -1]]
+    torch.testing.assert_close(corners, old.pos_embed[0, [1, 7, 43, 49]])
+
+
+def test_positions_are_resized_as_the_network_does_it_or_as_asked():
+    weights = network().state_dict()
+    for arguments, mode in (({}, "bilinear"), ({"position_mode": "bicubic"}, "bicubic")):
+        net = network(image_size=(16, 12), position_mode="bilinear")
+        load_pretrained(net, weights, source="ours", **arguments)
+        expected = resize_position_embedding(weights["pos_embed"], (2, 2), (4, 3), mode=mode)
+        torch.testing.assert_close(net.pos_embed.detach(), expected)
 
 
 def test_fixed_positions_stay_the_network_s_own():

@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.linear_model import Ridge
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_iclr.vit import (
     DigitsDataModule,
@@ -105,6 +106,32 @@ def test_two_processes_write_the_file_of_one_without_padded_rows(tmp_path):
     run_distributed(run)
     assert read(tmp_path / "one") == read(tmp_path / "two")
     assert len(read(tmp_path / "two")[1]) == 11
+
+
+def predict_plainly(folder):
+    images = torch.arange(11.0).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    labels = torch.full((11,), 7)
+    module = classifier()
+    trainer(folder, PredictionWriter()).predict(module, DataLoader(TensorDataset(images, labels), batch_size=2))
+    return {}
+
+
+@pytest.mark.filterwarnings("ignore:The 'predict_dataloader' does not have many workers")
+def test_images_of_a_plain_loader_are_numbered_on_any_number_of_processes(tmp_path):
+    predict_plainly(tmp_path / "one")
+    run_distributed(predict_plainly, tmp_path / "two")  # six images and five
+    _, rows = read(tmp_path / "one")
+    assert [row[0] for row in rows] == [str(i) for i in range(11)]
+    assert read(tmp_path / "two") == read(tmp_path / "one")
+
+
+def test_few_shot_accuracy_is_measured_at_every_nth_validation(tmp_path):
+    callback = FewShotEvaluation(shots=(1,), seeds=1, every_n_validations=2)
+    run = trainer(tmp_path, callback, max_steps=5, limit_val_batches=1, log_every_n_steps=1, val_check_interval=1)
+    run.fit(classifier(), datamodule=DigitsDataModule(batch_size=32))
+    table = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    validated = [row for row in table if row["val/loss"]]
+    assert [bool(row["fewshot/1_shot"]) for row in validated] == [False, True, False, True, False]
 
 
 def few_shot(folder):

@@ -204,6 +204,37 @@ def test_a_broken_image_can_be_skipped_and_is_counted(caplog, num_workers):
     assert (shown >= 0).all()
 
 
+@pytest.mark.parametrize("kind", ["folder", "parquet", "memory"])
+def test_cmyk_16_bit_and_truncated_files_come_from_every_kind_of_dataset(tmp_path, kind):
+    pictures = [
+        ("0.jpg", Image.new("CMYK", (8, 8), (0, 255, 0, 0))),
+        ("1.png", Image.fromarray(np.full((8, 8), 32_768, dtype=np.uint16))),
+        ("2.png", Image.fromarray(PIXELS[0])),
+        *((f"{i}.png", Image.new("RGB", (8, 8), "blue")) for i in range(3, 6)),
+    ]
+    paths = [tmp_path / "data" / ("odd" if i < 3 else "plain") / name for i, (name, _) in enumerate(pictures)]
+    for path, (_, picture) in zip(paths, pictures, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    paths[2].write_bytes(paths[2].read_bytes()[:-200])
+    files = [{"bytes": path.read_bytes(), "path": None} for path in paths]
+    features = Features({"image": ImageFeature(), "label": Value("int64")})
+    dataset = Dataset.from_dict({"image": files, "label": [0, 0, 0, 1, 1, 1]}, features)
+    if kind == "folder":
+        dataset = str(tmp_path / "data")
+    elif kind == "parquet":
+        dataset.to_parquet(tmp_path / "data.parquet")
+        dataset = str(tmp_path / "data.parquet")
+    arguments = {"image_size": 8, "resize": "squash", "batch_size": 6, "val_split": "train"}
+    images, labels = served(ImageDataModule(dataset, on_error="skip", **arguments), "val")
+    assert labels.tolist() == [0, 0, -100, 1, 1, 1]
+    colours = images.mean(dim=(2, 3)) * 0.5 + 0.5
+    expected = torch.tensor([[1.0, 0.0, 1.0], [128 / 255] * 3])
+    torch.testing.assert_close(colours[:2], expected, rtol=0, atol=0.02)  # JPEG
+    with pytest.raises(BrokenImageError, match=r"row 2: the image cannot be read"):
+        served(ImageDataModule(dataset, **arguments), "val")
+
+
 def test_predictions_of_a_folder_are_named_by_file(tmp_path):
     for name in ("b.png", "sub/a.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

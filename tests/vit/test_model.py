@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_iclr.vit.model import VisionTransformer
+from lightning_iclr.vit import HybridStem, VisionTransformer, sincos2d
 
 TINY = {"image_size": 8, "patch_size": 4, "num_classes": 3, "dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24}
 
@@ -125,28 +125,54 @@ def test_first_logits_are_the_heads_bias_and_the_loss_is_ln_k():
     assert loss.item() == pytest.approx(math.log(3), abs=1e-6)
 
 
+def assert_uniform(weight, bound):
+    # A uniform variable of variance s^2 has fourth moment 9/5 s^4: the sample variance deviates by s^2 sqrt(.8/n).
+    variance = bound**2 / 3
+    assert abs(weight.var().item() - variance) < 4 * variance * math.sqrt(0.8 / weight.numel())
+    assert weight.abs().max().item() <= bound
+
+
+def assert_truncated_normal(weight, variance):
+    # Cut at two deviations, a normal's kurtosis is 2.37, so the sample variance deviates by s^2 sqrt(1.37/n)
+    assert abs(weight.var().item() - variance) < 4 * variance * math.sqrt(1.37 / weight.numel())
+    assert weight.abs().max().item() <= 2 * math.sqrt(variance) / 0.8796
+
+
 def test_initial_weights_have_the_official_variances():
-    torch.manual_seed(0)
     net = VisionTransformer(image_size=32, patch_size=8, num_classes=2, dim=256, depth=1, num_heads=4)
     block = net.blocks[0]
-    bound = math.sqrt(6 / (2 * 256))
-    for third in block.attn.qkv.weight.chunk(3):
-        n = third.numel()
-        # A uniform variable of variance s^2 has fourth moment 9/5 s^4: the sample variance deviates by s^2 sqrt(.8/n).
-        assert abs(third.var().item() - 1 / 256) < 4 / 256 * math.sqrt(0.8 / n)
-        assert bound * 0.999 < third.abs().max().item() <= bound
-    conv = net.patch_embed.proj.weight
-    variance = 1 / (3 * 8 * 8)
-    # Cut at two deviations, a normal's kurtosis is 2.37, so the sample variance deviates by s^2 sqrt(1.37/n)
-    assert abs(conv.var().item() - variance) < 4 * variance * math.sqrt(1.37 / conv.numel())
-    assert conv.abs().max().item() <= 2 * math.sqrt(variance) / 0.8796
-    fc1 = block.mlp.fc1
-    assert fc1.weight.abs().max().item() <= math.sqrt(6 / (256 + 1024))
-    assert 0 < fc1.bias.std().item() < 2e-6
+    square = math.sqrt(6 / (2 * 256))  # Xavier's bound
+    for weight in (*block.attn.qkv.weight.chunk(3), block.attn.proj.weight):
+        assert_uniform(weight, square)
+    assert_truncated_normal(net.patch_embed.proj.weight, 1 / (3 * 8 * 8))
+    for layer in (block.mlp.fc1, block.mlp.fc2):
+        assert_uniform(layer.weight, math.sqrt(6 / (256 + 1024)))
+        assert 0 < layer.bias.std().item() < 2e-6
+    for layer in (block.attn.qkv, block.attn.proj, net.patch_embed.proj):
+        assert not layer.bias.any()
     positions = net.pos_embed
     assert abs(positions.std().item() - 0.02) < 4 * 0.02 / math.sqrt(2 * positions.numel())
     assert not net.cls_token.any()
     assert not net.head.weight.any()
+
+
+def test_attention_pooling_and_the_hidden_layer_start_as_the_official_ones():
+    net = VisionTransformer(**{**TINY, "dim": 256}, pool="map", representation_size=128)
+    pool = net.attn_pool
+    assert_uniform(pool.latent, math.sqrt(6 / (1 + 256)))
+    for weight in (pool.q.weight, *pool.kv.weight.chunk(2), pool.proj.weight):
+        assert_uniform(weight, math.sqrt(6 / (2 * 256)))
+    for layer in (pool.mlp.fc1, pool.mlp.fc2):
+        assert_uniform(layer.weight, math.sqrt(6 / (256 + 24)))
+    assert_truncated_normal(net.pre_logits.weight, 1 / 256)
+    for layer in (pool.q, pool.kv, pool.proj, net.pre_logits):
+        assert not layer.bias.any()
+
+
+def test_the_class_token_has_no_fixed_position():
+    net = VisionTransformer(**TINY, pool="token", position="sincos2d")
+    assert not net.pos_embed[0, 0].any()
+    assert torch.equal(net.pos_embed[0, 1:], sincos2d(16, (2, 2)))
 
 
 def test_without_positions_the_mean_does_not_see_the_order_of_patches():
@@ -179,8 +205,12 @@ def test_checkpointed_blocks_give_the_same_values_and_gradients():
     recomputed = VisionTransformer(**TINY, checkpoint_blocks=True).double()
     recomputed.load_state_dict(plain.state_dict())
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    for net in (plain, recomputed):
+    for net, runs in ((plain, 1), (recomputed, 2)):
+        calls = []
+        for block in net.blocks:
+            block.register_forward_pre_hook(lambda block, inputs, calls=calls: calls.append(block))
         net.train()(images).square().sum().backward()
+        assert len(calls) == runs * net.depth
     for (name, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-12, msg=name)
 
@@ -211,6 +241,16 @@ def test_fixed_positions_at_another_size_are_those_of_a_network_built_for_it():
     torch.testing.assert_close(small(images), large(images), rtol=0, atol=1e-12)
 
 
+def test_dropout_sits_after_positions_and_in_every_block(monkeypatch):
+    inputs = []
+    monkeypatch.setattr(nn.functional, "dropout", lambda x, p, *_: (inputs.append((x, p)), x)[1])
+    net, images = VisionTransformer(**TINY, dropout=0.1).train(), torch.randn(2, 3, 8, 8)
+    net(images)
+    assert [p for _, p in inputs] == [0.1] * (1 + 3 * net.depth)
+    tokens = torch.cat([net.cls_token.expand(2, -1, -1), net.embed(images)], dim=1)
+    torch.testing.assert_close(inputs[0][0], tokens + net.pos_embed)
+
+
 def test_stochastic_depth_grows_linearly_with_depth():
     net = VisionTransformer(**{**TINY, "depth": 5}, drop_path=0.2)
     rates = [block.drop_path.probability for block in net.blocks]
@@ -229,6 +269,10 @@ def test_stochastic_depth_grows_linearly_with_depth():
         ({"position": "rotary"}, "position must be one of 'learned', 'sincos2d', 'none', got 'rotary'"),
         ({"position_mode": "nearest"}, "mode must be one of"),
         ({"drop_path": 1.5}, r"drop_path must be in \[0, 1\), got 1.5"),
+        (
+            {"image_size": 32, "patch_size": 16, "in_channels": 1, "stem": HybridStem((), width=32)},
+            "the stem's 3, got 1",
+        ),
         ({"num_classes": -1}, r"num_classes must be 0 \(no head\) or more, got -1"),
     ],
 )

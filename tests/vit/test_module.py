@@ -1,17 +1,30 @@
 import functools
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_iclr.sampling import sample_generator, step_generator
 from lightning_iclr.schedules import WarmupCosine
-from lightning_iclr.vit import DigitsDataModule, MaskedPatchPretraining, VisionTransformer, ViTClassifier
+from lightning_iclr.vit import (
+    DigitsDataModule,
+    ImageDataModule,
+    MaskedPatchPrediction,
+    MaskedPatchPretraining,
+    VisionTransformer,
+    ViTClassifier,
+)
 from tests.distributed import Ranks, run_distributed
 from tests.resume import BatchReporter, assert_resume_equals_uninterrupted
 
@@ -190,6 +203,60 @@ def test_class_weights_that_are_one_hot_give_the_loss_of_the_classes(loss):
     torch.testing.assert_close(module.loss(logits, module.one_hot(labels)), module.loss(logits, labels))
 
 
+def test_label_smoothing_spreads_its_mass_over_all_classes():
+    logits, labels = torch.randn(4, 10, dtype=torch.float64), torch.tensor([3, 0, 1, 9])
+    surprise = -logits.log_softmax(dim=1)
+    expected = 0.9 * surprise[range(4), labels] + 0.1 * surprise.mean(dim=1)
+    torch.testing.assert_close(classifier(label_smoothing=0.1).loss(logits, labels), expected)
+
+
+def quick(steps, **arguments):
+    return Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        **{"limit_val_batches": 0, "enable_checkpointing": False, **QUIET, **arguments},
+    )
+
+
+@pytest.mark.parametrize(("name", "p"), [("mixup", 0.2), ("cutmix", 1.0)])
+def test_one_of_mixup_and_cutmix_mixes_every_batch_with_draws_of_its_own(monkeypatch, name, p):
+    calls = []
+    for kind in ("mixup", "cutmix"):
+        monkeypatch.setattr(
+            f"lightning_iclr.vit.module.{kind}",
+            lambda x, y, p, generator, kind=kind: (calls.append((kind, p, generator.initial_seed())), (x, y))[1],
+        )
+    quick(3).fit(classifier(seed=4, **{name: p}), datamodule=DigitsDataModule(batch_size=8, seed=4))
+    assert calls == [(name, p, step_generator(4, 0, i).initial_seed()) for i in range(3)]
+    # The augmentation of the same run's row i must not draw what its batch i draws.
+    assert not {seed for *_, seed in calls} & {sample_generator(4, 0, i).initial_seed() for i in range(1257)}
+
+
+def test_corruption_shares_no_draws_with_augmentation(monkeypatch):
+    seeds = []
+    real = MaskedPatchPrediction.draw
+    monkeypatch.setattr(
+        MaskedPatchPrediction,
+        "draw",
+        lambda self, batch, patches, generator, place: (
+            seeds.append(generator.initial_seed()),
+            real(self, batch, patches, generator, place),
+        )[1],
+    )
+    quick(2).fit(pretraining(), datamodule=DigitsDataModule(batch_size=8))
+    assert seeds == [step_generator(0, 0, i).initial_seed() for i in range(2)]
+
+
+def test_a_training_step_maps_over_a_batch_of_batches():
+    module, images, labels = classifier(), torch.randn(3, 2, 1, 8, 8), torch.arange(6).view(3, 2)
+    nn.init.normal_(module.net.head.weight)
+    module.log = lambda *args, **kwargs: None
+    with sdpa_kernel(SDPBackend.MATH):  # the only one that torch can map
+        losses = torch.func.vmap(lambda x, y: module.training_step((x, y), 0))(images, labels)
+    expected = [nn.functional.cross_entropy(module(x), y) for x, y in zip(images, labels, strict=True)]
+    torch.testing.assert_close(losses, torch.stack(expected))
+
+
 def test_mixup_and_cutmix_take_turns_at_even_odds(monkeypatch):
     chosen = []
     for name in ("mixup", "cutmix"):
@@ -257,6 +324,19 @@ def test_fine_tuning_starts_from_the_pre_trained_encoder_with_a_new_head(tmp_pat
     assert module.net.head.weight.count_nonzero() == 0
 
 
+def test_a_second_fit_goes_on_from_what_the_first_one_learned(tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "start.pt")
+    module = classifier(pretrained=str(tmp_path / "start.pt"))
+    trainer = quick(2)
+    trainer.fit(module, datamodule=DigitsDataModule(batch_size=8))
+    trainer.save_checkpoint(tmp_path / "learned.ckpt")
+    learned = {name: weight.clone() for name, weight in module.state_dict().items()}
+    again = ViTClassifier.load_from_checkpoint(tmp_path / "learned.ckpt", net=tiny(), weights_only=True)
+    for continued in (module, again):
+        quick(1, limit_train_batches=0).fit(continued, datamodule=DigitsDataModule())
+        torch.testing.assert_close(continued.state_dict(), learned, rtol=0, atol=0)
+
+
 def test_bf16_is_within_its_precision_of_float32():
     images = torch.randn(8, 1, 8, 8)
     module = classifier()
@@ -298,6 +378,39 @@ def test_compile_changes_nothing_but_speed(tmp_path, build, monkeypatch):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         classifier(**arguments)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("mixup", [0.0, 0.2])
+def test_a_network_with_fewer_classes_than_the_data_is_refused(loss, mixup):
+    module = ViTClassifier(tiny(num_classes=9), loss=loss, mixup=mixup)
+    with pytest.raises(ValueError, match="num_classes must be at least the data module's 10, got 9"):
+        quick(1).fit(module, datamodule=DigitsDataModule())
+
+
+@pytest.mark.parametrize("build", [classifier, pretraining])
+def test_batches_for_other_libraries_are_refused_by_name(build):
+    table = Dataset.from_dict({"image": [Image.new("L", (8, 8))] * 8, "label": [0, 1] * 4})
+    data = ImageDataModule(table, image_size=8, in_channels=1, batch_format="dict", val_fraction=0.5)
+    module = build()
+    with pytest.raises(ValueError, match=f"batch_format must be 'tuple' for {type(module).__name__}, got 'dict'"):
+        quick(1).fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize("build", [classifier, pretraining])
+@pytest.mark.parametrize(
+    ("device", "every", "stops"), [("cpu", 0, True), ("cpu", 5, True), ("cuda", 0, False), ("cuda", 5, True)]
+)
+def test_off_the_cpu_the_loss_is_looked_at_in_logging_steps_only(monkeypatch, build, device, every, stops):
+    module = build()
+    monkeypatch.setattr(type(module), "device", torch.device(device))
+    module._trainer = SimpleNamespace(log_every_n_steps=every, global_step=4)
+    module.on_before_backward(torch.tensor(1.0))
+    with pytest.raises(FloatingPointError) if stops else nullcontext():
+        module.on_before_backward(torch.tensor(math.nan))
+    module._trainer.global_step = 5
+    with pytest.raises(FloatingPointError) if device == "cpu" else nullcontext():
+        module.on_before_backward(torch.tensor(math.inf))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():

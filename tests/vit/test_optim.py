@@ -28,6 +28,16 @@ def test_exactly_the_matrices_and_convolutions_are_decayed(net):
     assert all(p.ndim in (1, 3) for p in rest["params"])
 
 
+@pytest.mark.parametrize("arguments", [{}, {"kdim": 6, "vdim": 4}])
+def test_the_kernels_of_torch_s_own_attention_are_decayed(arguments):
+    net = nn.MultiheadAttention(8, 2, add_bias_kv=True, **arguments)
+    decayed, rest = param_groups(net)
+    names = {id(p): name for name, p in net.named_parameters()}
+    kernels = {name for name in names.values() if name.endswith("weight")}
+    assert {names[id(p)] for p in decayed["params"]} == kernels >= {"out_proj.weight"}
+    assert {names[id(p)] for p in rest["params"]} == {"in_proj_bias", "out_proj.bias", "bias_k", "bias_v"}
+
+
 def test_a_mask_token_is_not_decayed():
     module = MaskedPatchPretraining(VisionTransformer(**{**SIZES, "num_classes": 0}))
     _, rest = sorted(param_groups(module), key=len)

@@ -26,15 +26,29 @@ def test_equal_grids_leave_the_embedding_alone():
     assert resize_position_embedding(positions, (3, 4), (3, 4)) is positions
 
 
+def test_bilinear_resizing_reads_between_the_centres_of_patches():
+    (height, width), (rows, columns) = (6, 5), (4, 9)
+    positions = torch.randn(1, height * width, 3, dtype=torch.float64)
+    resized = resize_position_embedding(positions, (height, width), (rows, columns), 0, mode="bilinear")
+    grid = positions.view(height, width, 3)
+    for row, column in itertools.product(range(rows), range(columns)):
+        y = min(max((row + 0.5) * height / rows - 0.5, 0), height - 1)
+        x = min(max((column + 0.5) * width / columns - 0.5, 0), width - 1)
+        expected = sum(
+            max(1 - abs(i - y), 0) * max(1 - abs(j - x), 0) * grid[i, j]
+            for i, j in itertools.product(range(height), range(width))
+        )
+        torch.testing.assert_close(resized[0, row * columns + column], expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("mode", "arguments"),
     [
-        ("bilinear", {"mode": "bilinear", "align_corners": False}),
         ("bicubic", {"mode": "bicubic", "align_corners": False}),
         ("bicubic_antialias", {"mode": "bicubic", "align_corners": False, "antialias": True}),
     ],
 )
-def test_the_other_modes_are_those_of_timm_and_hugging_face(mode, arguments):
+def test_the_cubic_modes_are_torch_s_on_the_grid_of_patches(mode, arguments):
     positions = torch.randn(1, 36, 3, dtype=torch.float64)
     image = positions.view(6, 6, 3).permute(2, 0, 1)[None]
     expected = F.interpolate(image, (4, 9), **arguments)[0].flatten(1).T

@@ -1,5 +1,6 @@
 """The embedded recipes, trained in full. benchmarks/vit.py measures the same over more seeds."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -58,6 +59,10 @@ def test_mnist5k_reaches_96_per_cent_and_beats_a_support_vector_machine():
     accuracy = train_and_test("vit/mnist5k")[0]["test/accuracy"]
     assert accuracy >= 0.96
     assert accuracy > support_vector_machine(MNIST5kDataModule())
+    lines = csv.DictReader(next(Path("lightning_logs").rglob("metrics.csv")).read_text().splitlines())
+    ranges = [float(line["attention_distance/range"]) for line in lines if line["attention_distance/range"]]
+    assert len(ranges) == 3
+    assert ranges[0] < ranges[-1]  # heads that look near and heads that look far
 
 
 def test_masked_patch_pre_training_helps_where_labels_are_few():
