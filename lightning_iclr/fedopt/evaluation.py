@@ -1,0 +1,446 @@
+"""How well the server's model serves each single client: federated evaluation, with the module's own steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchmetrics import Metric, MetricCollection
+
+from lightning_iclr.fedopt.examples import FederatedExamples, whole_batch
+from lightning_iclr.fedopt.pictures import draw_client_evaluation
+from lightning_iclr.fedopt.plan import ClientTask, balance
+from lightning_iclr.fedopt.strategy import FedOptStrategy
+from lightning_iclr.figures import show
+from lightning_iclr.sampling import SampleKey, seed_step
+
+_LOWER_IS_BETTER = ("loss", "mse", "error", "perplexity")
+_REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": lambda values, sizes: (values * sizes).sum() / sizes.sum(),
+    "sum": lambda values, sizes: values.sum(),
+    "min": lambda values, sizes: values.min(),
+    "max": lambda values, sizes: values.max(),
+}
+_Rows = Sequence[np.ndarray]
+
+
+def summarize_clients(values: ArrayLike, lower_is_better: bool = False) -> dict[str, float]:
+    """Summarize one number of each client.
+
+    Args:
+        values: The number of each client (N,); NaN where it is undefined, which is left out.
+        lower_is_better: Whether the worst are the highest.
+
+    Returns:
+        ``mean``, ``std`` (over these clients, divided by N), ``p10`` and ``worst``. A tenth of the clients fare worse
+        than ``p10``: it is the 10th percentile, or the 90th where lower is better.
+
+    Examples:
+        >>> {name: round(value, 2) for name, value in summarize_clients([0.5, 0.7, 0.9]).items()}
+        {'mean': 0.7, 'std': 0.16, 'p10': 0.54, 'worst': 0.5}
+    """
+    defined = np.asarray(values, dtype=np.float64)
+    defined = defined[~np.isnan(defined)]
+    if not defined.size:
+        return dict.fromkeys(("mean", "std", "p10", "worst"), math.nan)
+    with np.errstate(invalid="ignore"):  # infinite losses have no deviation
+        return {
+            "mean": float(defined.mean()),
+            "std": float(defined.std()),
+            "p10": float(np.percentile(defined, 90 if lower_is_better else 10)),
+            "worst": float(defined.max() if lower_is_better else defined.min()),
+        }
+
+
+def evenly_spaced(count: int, most: int | None) -> list[int]:
+    """Return at most so many of the numbers from 0 to ``count - 1``, evenly spaced.
+
+    Examples:
+        >>> evenly_spaced(10, most=4)
+        [0, 3, 6, 9]
+    """
+    if most is None or count <= most:
+        return list(range(count))
+    return [round(number * (count - 1) / max(most - 1, 1)) for number in range(most)]
+
+
+class ClientEvaluation(Callback):
+    """Evaluate the server's model on each client's own held-out rows, after validation or test.
+
+    Runs ``validation_step`` (``test_step`` for the test split) on one client's batches after another's, with the
+    client's personal parameters where it has some, and takes from ``self.log`` and ``self.log_dict`` what Lightning
+    would: means of numbers weighted by the batch size, and torchmetrics computed over the client's rows alone. For
+    every name that is logged there it logs four numbers over the clients: ``client/<name>/mean``,
+    ``client/<name>/std``, ``client/<name>/p10`` and ``client/<name>/worst``. A tenth of the clients fare worse than
+    ``p10``, so it is the 10th percentile, but the 90th of a loss. A client whose number is undefined (NaN), such as
+    the recall of one without tags, is left out of that name's four.
+
+    The last evaluation is kept as ``table`` and drawn when the run ends, as histograms: ``client_evaluation.png``, or
+    ``client_evaluation_test.png``. The running
+    validation, the weights, the metrics of the module and the random generators are left as they were; what a step
+    does besides logging it does for every client. The clients are shared out over the processes, and the result does
+    not depend on their number.
+
+    A client's rows come from ``dataset`` and ``partition`` or, without these, from the data module's
+    ``client_datasets(split)``. Clients have the numbers that they have in training; one without rows is left out.
+
+    Args:
+        split: The ``"val"`` part, evaluated at the end of validation, or ``"test"``.
+        every_n_rounds: How often to evaluate during training, in rounds.
+        num_clients: Evaluate so many clients at most, evenly spaced among all with rows.
+        batch_size: Rows that one process takes at a step.
+        lower_is_better: Parts of names whose highest values are the worst.
+        dataset: What the clients' rows are rows of.
+        partition: Rows of each client.
+        collate_fn: Makes a batch of examples; torch's default where ``None``, if ``dataset`` does not do it itself.
+
+    Attributes:
+        table: What was logged, by name and client; of the last evaluation.
+
+    Raises:
+        ValueError: A number is below 1, the split is unknown, only one of ``dataset`` and ``partition`` is given or,
+            when the Trainer starts, there are no rows or no validation.
+
+    Examples:
+        >>> evaluation = ClientEvaluation(every_n_rounds=10, num_clients=100)
+        >>> trainer = Trainer(callbacks=[evaluation], accelerator="cpu", logger=False)
+    """
+
+    def __init__(
+        self,
+        split: Literal["val", "test"] = "val",
+        every_n_rounds: int = 1,
+        num_clients: int | None = None,
+        batch_size: int = 64,
+        lower_is_better: Sequence[str] = _LOWER_IS_BETTER,
+        dataset: Any = None,
+        partition: Any = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        if split not in ("val", "test"):
+            raise ValueError(f"split must be 'val' or 'test', got {split!r}")
+        for name, number in (
+            ("every_n_rounds", every_n_rounds),
+            ("num_clients", num_clients),
+            ("batch_size", batch_size),
+        ):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if (dataset is None) != (partition is None):
+            missing = "dataset" if dataset is None else "partition"
+            raise ValueError(f"dataset and partition must be given together, and {missing} is missing")
+        self.split, self.every_n_rounds = split, every_n_rounds
+        self.num_clients, self.batch_size = num_clients, batch_size
+        self.lower_is_better = tuple(lower_is_better)
+        self.dataset, self.partition, self.collate_fn = dataset, partition, collate_fn
+        self.table: dict[str, dict[int, float]] = {}
+        self._checkpoint: Mapping[int, Mapping[str, Tensor]] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Name in a checkpoint, which lets both splits be evaluated in one run."""
+        return self._generate_state_key(split=self.split)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._checkpoint = None
+        if stage not in (("fit", "validate") if self.split == "val" else ("test",)):
+            return
+        if stage == "fit" and not trainer.enable_validation:
+            raise ValueError(
+                "ClientEvaluation runs at the end of validation, and this Trainer does not validate: give it "
+                "validation data, or leave the callback out"
+            )
+        self._clients(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:  # in training the strategy restores what clients keep
+            self._checkpoint = checkpoint.get("fedopt", {}).get("clients")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.split != "val" or trainer.sanity_checking:
+            return
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if not fitting or (trainer.current_epoch + 1) % self.every_n_rounds == 0:
+            self._evaluate(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.split == "test":
+            self._evaluate(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.split == "val" and trainer.state.fn == TrainerFn.VALIDATING:
+            self._draw(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.split == "val":
+            self._draw(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.split == "test":
+            self._draw(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"table": {name: dict(values) for name, values in self.table.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.table = {name: dict(values) for name, values in state_dict["table"].items()}
+
+    def _evaluate(self, trainer: Trainer, module: LightningModule) -> None:
+        dataset, clients = self._clients(trainer)
+        held = [client for client, rows in enumerate(clients) if len(rows)]
+        batches = {}
+        for place in evenly_spaced(len(held), self.num_clients):
+            rows = clients[held[place]]
+            cuts = range(0, len(rows), self.batch_size)
+            batches[held[place]] = [rows[start : start + self.batch_size] for start in cuts]
+        results = self._evaluate_share(trainer, module, dataset, batches)
+        self.table = {name: {} for _, values in sorted(results.items()) for name in values}
+        for client, values in sorted(results.items()):
+            for name, value in values.items():
+                self.table[name][client] = value
+        for name, by_client in self.table.items():
+            for kind, value in summarize_clients(list(by_client.values()), self._falls(name)).items():
+                # All processes know the same number; the mean of three of them may be rounded to another.
+                module.log(f"client/{name}/{kind}", value, sync_dist=True, reduce_fx="max")
+
+    def _evaluate_share(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        dataset: Dataset[Any],
+        batches: Mapping[int, _Rows],
+    ) -> dict[int, dict[str, float]]:
+        """Evaluate this process's clients, and return what was logged of all processes' clients."""
+        tasks = [ClientTask(client, 0, steps=len(own), num_examples=0) for client, own in batches.items()]
+        shares = balance(tasks, trainer.world_size)
+        own = [task.client for task in shares[trainer.global_rank]]
+        rows = [part for client in own for part in batches[client]]
+        # Where weights are sharded, or buffers are broadcast, every step is a meeting of all processes.
+        most = max(sum(task.steps for task in share) for share in shares)
+        spare = next(iter(batches.values()))[0]
+        loader = self._loader(dataset, [*rows, *([spare] * (most - len(rows)))])
+        results = {}
+        with isolate_rng(), _evaluating(module), _own_metrics(module) as metrics, _recording(module) as log:
+            served = iter(loader)
+            with self._personal(trainer, module) as begin_client:
+                for client in own:
+                    begin_client(client)
+                    log.clear()
+                    for number in range(len(batches[client])):
+                        seed_step(0, epoch=0, batch_idx=number, rank=client)  # the same draws on any process
+                        self._step(trainer, module, next(served), number, log)
+                    results[client] = log.values()
+                    for metric in metrics:
+                        metric.reset()
+            for batch in served:
+                self._step(trainer, module, batch, 0, log)
+        if not (dist.is_available() and dist.is_initialized()):
+            return results
+        gathered: list[dict[int, dict[str, float]]] = [{} for _ in range(trainer.world_size)]
+        dist.all_gather_object(gathered, results)
+        return {client: values for part in gathered for client, values in part.items()}
+
+    def _step(self, trainer: Trainer, module: LightningModule, batch: Any, number: int, log: _Log) -> None:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        log.batch = batch
+        own = module.validation_step if self.split == "val" else module.test_step
+        arguments = [batch]
+        if is_param_in_hook_signature(own, "batch_idx", min_args=2):
+            arguments.append(number)
+        if is_param_in_hook_signature(own, "dataloader_idx", explicit=True):
+            arguments.append(0)
+        step = trainer.strategy.validation_step if self.split == "val" else trainer.strategy.test_step
+        step(*arguments)
+
+    @contextmanager
+    def _personal(self, trainer: Trainer, module: LightningModule) -> Iterator[Callable[[int], None]]:
+        """Yield a function that gives the module a client's personal parameters; take them away at the end."""
+        strategy = trainer.strategy
+        kept: Mapping[int, Mapping[str, Tensor]] = self._checkpoint or {}
+        if self._checkpoint is None and isinstance(strategy, FedOptStrategy):
+            kept = strategy.store.state_dict()
+        tensors = {name: p.data for name, p in module.named_parameters()} | dict(module.named_buffers())
+        names = {name for values in kept.values() for name in values if name in tensors}
+        servers = {name: tensors[name].clone() for name in names}
+
+        def begin_client(client: int) -> None:
+            for name, value in servers.items():
+                tensors[name].copy_(kept.get(client, {}).get(name, value))
+
+        try:
+            yield begin_client
+        finally:
+            for name, value in servers.items():
+                tensors[name].copy_(value)
+
+    def _loader(self, dataset: Dataset[Any], rows: _Rows) -> DataLoader[Any]:
+        keys: list[list[Any]] = [part.tolist() for part in rows]
+        if getattr(dataset, "takes_sample_keys", False):
+            keys = [[SampleKey(row, 0, False) for row in part] for part in keys]
+        collate = whole_batch if isinstance(dataset, FederatedExamples) else default_collate
+        return DataLoader(
+            dataset,
+            batch_sampler=keys,
+            collate_fn=self.collate_fn or collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _clients(self, trainer: Trainer) -> tuple[Any, list[np.ndarray]]:
+        """Return the dataset and each client's rows of it."""
+        dataset, partition = self.dataset, self.partition
+        if dataset is None:
+            datamodule: Any = getattr(trainer, "datamodule", None)
+            if not hasattr(datamodule, "client_datasets"):
+                raise ValueError(
+                    "ClientEvaluation needs held-out rows of each client: pass dataset and partition, or use a data "
+                    "module with client_datasets(split), such as FederatedDataModule"
+                )
+            dataset, partition = datamodule.client_datasets(self.split)
+        clients = [np.asarray(rows, dtype=np.int64) for rows in partition]
+        if not any(len(rows) for rows in clients):
+            raise ValueError(f"ClientEvaluation needs a client with rows in {self.split!r}, got none")
+        return dataset, clients
+
+    def _falls(self, name: str) -> bool:
+        return any(part in name for part in self.lower_is_better)
+
+    def _draw(self, trainer: Trainer) -> None:
+        if self.table:
+            values = {name: np.array(list(by_client.values())) for name, by_client in self.table.items()}
+            summaries = {name: summarize_clients(own, self._falls(name)) for name, own in values.items()}
+            name = "client_evaluation" if self.split == "val" else "client_evaluation_test"
+            show(draw_client_evaluation(values, summaries), name, trainer)
+
+
+class _Log:
+    """Stands in for a module's ``log``, and reduces what one client logs as Lightning does at an epoch's end."""
+
+    def __init__(self) -> None:
+        self.batch: Any = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all that was logged."""
+        self._metrics: dict[str, Metric] = {}
+        self._numbers: dict[str, list[Tensor]] = defaultdict(list)
+        self._sizes: dict[str, list[int]] = defaultdict(list)
+        self._reductions: dict[str, str] = {}
+
+    def __call__(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[[Any], Any] = "mean",
+        *further: Any,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Keep a value; the arguments are those of ``LightningModule.log``."""
+        if isinstance(value, Metric):
+            self._metrics[name] = value
+            return
+        reduction = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", str(reduce_fx))
+        reduction = "mean" if reduction == "avg" else reduction
+        if reduction not in _REDUCTIONS:
+            raise ValueError(f"{name} must be logged with reduce_fx {', '.join(_REDUCTIONS)}, got {reduction}")
+        self._numbers[name].append(torch.as_tensor(value).detach())
+        self._sizes[name].append(extract_batch_size(self.batch) if batch_size is None else batch_size)
+        self._reductions[name] = reduction
+
+    def values(self) -> dict[str, float]:
+        """Return what was logged, by name."""
+        result = {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        for name, numbers in self._numbers.items():
+            values, sizes = torch.stack(numbers).cpu().double().flatten(), torch.tensor(self._sizes[name]).double()
+            result[name] = float(_REDUCTIONS[self._reductions[name]](values, sizes))
+        return result
+
+
+@contextmanager
+def _recording(module: LightningModule) -> Iterator[_Log]:
+    log = _Log()
+    module.log = log  # type: ignore[method-assign]  # log_dict calls it too
+    try:
+        yield log
+    finally:
+        del module.log
+
+
+@contextmanager
+def _own_metrics(module: nn.Module) -> Iterator[list[Metric | MetricCollection]]:
+    """Put empty metrics of this process's own in place of all of a module's."""
+    places = list(_metric_places(module))
+    memo: dict[int, Any] = {}
+    for _, _, metric in places:
+        for part in metric.modules():
+            for value in vars(part).values():
+                # What was accumulated is not worth a copy, and what hangs in a graph could not be copied.
+                for tensor in value if isinstance(value, list) else [value]:
+                    if isinstance(tensor, Tensor):
+                        memo[id(tensor)] = tensor.detach()
+    fresh = [copy.deepcopy(metric, memo) for _, _, metric in places]
+    for metric in fresh:
+        for part in metric.modules():
+            if isinstance(part, Metric):
+                part.distributed_available_fn = _alone
+        metric.reset()
+    try:
+        for (parent, name, _), metric in zip(places, fresh, strict=True):
+            parent._modules[name] = metric
+        yield fresh
+    finally:
+        for parent, name, metric in places:
+            parent._modules[name] = metric
+
+
+def _metric_places(module: nn.Module) -> Iterator[tuple[nn.Module, str, Metric | MetricCollection]]:
+    """Yield where a module's metrics are; the parts of a metric belong to it."""
+    for parent in _outside_of_metrics(module):
+        for name, child in parent._modules.items():
+            if isinstance(child, Metric | MetricCollection):
+                yield parent, name, child
+
+
+def _outside_of_metrics(module: nn.Module) -> Iterator[nn.Module]:
+    yield module
+    for child in module.children():
+        if not isinstance(child, Metric | MetricCollection):
+            yield from _outside_of_metrics(child)
+
+
+def _alone() -> bool:
+    return False
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch a module to evaluation without gradients, and back."""
+    training = {part for part in module.modules() if part.training}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in module.modules():
+            part.training = part in training

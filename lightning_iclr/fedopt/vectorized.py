@@ -1,0 +1,248 @@
+"""Train many clients at once: one vectorised gradient computation for all, by ``torch.func``.
+
+The clients' parameters lie in one tensor with a leading dimension C for each of the module's, and the client optimizer
+steps them together, which is exact for every optimizer that treats the elements of a tensor alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torchmetrics import Metric
+
+from lightning_iclr.fedopt.plan import ClientChunk, ClientTask, StackedBatch
+
+_ELEMENTWISE = (SGD, Adam, AdamW, Adagrad, RMSprop)
+_HOOKS = (
+    "backward",
+    "configure_gradient_clipping",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+    "optimizer_step",
+    "optimizer_zero_grad",
+)
+
+
+class VectorizedClients:
+    """Run a module's training step for many clients at once, each with weights of its own.
+
+    Args:
+        module: The module; its training step must run under ``torch.func.vmap``: no decision on values, no change of
+            buffers.
+        optimizers: Its optimizers.
+        local_schedule: Whether a schedule is stepped within a client.
+        trainer: Its Trainer, whose gradient clipping and precision hold for each client.
+        names: Names of the parameters that are trained.
+
+    Raises:
+        ValueError: The module cannot be trained this way; the error says why.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        optimizers: Sequence[Optimizer],
+        local_schedule: bool,
+        trainer: Trainer,
+        names: Sequence[str],
+    ) -> None:
+        self.module, self.trainer = module, trainer
+        reason = _ineligible(module, optimizers, local_schedule, trainer)
+        if reason is not None:
+            raise ValueError(f"vectorize_clients cannot train {type(module).__name__}: {reason}; leave it out")
+        self.optimizer = optimizers[0]
+        self.takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
+        self._step = _TrainingStep(module)
+        everything = dict(module.named_parameters())
+        self.parameters = {f"module.{name}": everything[name] for name in names}
+        self._stacks: dict[int, tuple[dict[str, Tensor], Optimizer]] = {}
+
+    def train(
+        self, chunk: ClientChunk, batch_idx: int, proximal: float
+    ) -> Iterator[tuple[list[ClientTask], Tensor, Tensor]]:
+        """Train a chunk of clients from the module's present weights.
+
+        Args:
+            chunk: The clients and their batches.
+            batch_idx: The Trainer's index of the chunk.
+            proximal: Weight of FedProx's term.
+
+        Yields:
+            Clients that are done, their parameters (n, P) and their mean training losses (n,).
+        """
+        tasks, steps = chunk
+        stack, optimizer = self._start(len(tasks))
+        begin = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        losses = torch.zeros(len(tasks), device=self.module.device)
+        logs: dict[str, list[Tensor]] = defaultdict(list)
+        for step, batches in enumerate(steps):
+            for stacked in batches:
+                self._gradients(stack, stacked, batch_idx, losses, logs)
+            if proximal:
+                for name, tensor in stack.items():
+                    assert tensor.grad is not None
+                    tensor.grad.add_(tensor.detach() - begin[name], alpha=proximal)
+            self._clip(stack)
+            optimizer.step()
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # else its schedule warns that it was not
+            done = [place for place, task in enumerate(tasks) if task.steps == step + 1]
+            if done:
+                flat = torch.cat([tensor.detach()[done].flatten(1) for tensor in stack.values()], dim=1)
+                yield [tasks[place] for place in done], flat, losses[done] / (step + 1)
+        examples = sum(task.num_examples for task in tasks)
+        for name, values in logs.items():
+            options = {**self._step.log_options[name], "batch_size": max(examples, 1)}
+            self.module.log(name, torch.cat(values).mean(), **options)
+
+    def _start(self, clients: int) -> tuple[dict[str, Tensor], Optimizer]:
+        """Return one copy of the parameters a client, and an optimizer like the module's over them."""
+        if clients not in self._stacks:
+            stack = {name: p.detach().expand(clients, *p.shape).clone() for name, p in self.parameters.items()}
+            by_parameter = {id(p): tensor for p, tensor in zip(self.parameters.values(), stack.values(), strict=True)}
+            groups = []
+            for group in self.optimizer.param_groups:
+                own = [by_parameter[id(p)] for p in group["params"] if id(p) in by_parameter]
+                groups.append({**group, "params": own})
+            self._stacks[clients] = stack, type(self.optimizer)([group for group in groups if group["params"]])
+        stack, optimizer = self._stacks[clients]
+        for name, parameter in self.parameters.items():
+            stack[name].copy_(parameter.detach().expand_as(stack[name]))
+            stack[name].grad = torch.zeros_like(stack[name])
+        groups = [g for g in self.optimizer.param_groups if any(id(p) in self._ids for p in g["params"])]
+        for into, group in zip(optimizer.param_groups, groups, strict=True):
+            into.update({key: value for key, value in group.items() if key != "params"})
+        optimizer.state.clear()
+        if isinstance(optimizer, Adagrad):  # it has a state before its first step
+            for group in optimizer.param_groups:
+                for tensor in group["params"]:
+                    initial = torch.full_like(tensor, group["initial_accumulator_value"])
+                    optimizer.state[tensor] = {"step": torch.tensor(0.0), "sum": initial}
+        return stack, optimizer
+
+    @property
+    def _ids(self) -> set[int]:
+        return {id(parameter) for parameter in self.parameters.values()}
+
+    def _gradients(
+        self,
+        stack: dict[str, Tensor],
+        stacked: StackedBatch,
+        batch_idx: int,
+        losses: Tensor,
+        logs: dict[str, list[Tensor]],
+    ) -> None:
+        """Compute the gradients of clients whose batches have the same shape."""
+        places, batch = stacked
+        whole = len(places) == len(losses)
+        weights = {name: tensor.detach() if whole else tensor.detach()[places] for name, tensor in stack.items()}
+        with self._step.recording(), self.trainer.precision_plugin.train_step_context():
+            function = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, None), randomness="different")
+            try:
+                gradients, (loss, logged) = function(weights, batch, batch_idx)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"vectorize_clients cannot train {type(self.module).__name__}: its training step does not run "
+                    f"under torch.func.vmap ({error}); leave it out"
+                ) from error
+        for name, gradient in gradients.items():
+            if whole:
+                stack[name].grad = gradient
+            else:
+                into = stack[name].grad
+                assert into is not None
+                into[places] = gradient
+        losses[places] += loss
+        for name, value in logged.items():
+            logs[name].append(value.detach().flatten())
+
+    def _loss(self, weights: Mapping[str, Tensor], batch: Any, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
+        arguments = (batch, batch_idx) if self.takes_index else (batch,)
+        out = functional_call(self._step, dict(weights), arguments)
+        loss: Tensor = out["loss"] if isinstance(out, Mapping) else out
+        return loss, dict(self._step.logged)
+
+    def _clip(self, stack: Mapping[str, Tensor]) -> None:
+        limit = self.trainer.gradient_clip_val
+        if not limit:
+            return
+        gradients = [tensor.grad for tensor in stack.values() if tensor.grad is not None]
+        if self.trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+            torch._foreach_clamp_min_(gradients, -limit)
+            torch._foreach_clamp_max_(gradients, limit)
+            return
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+        scale = (limit / (norms + 1e-6)).clamp_max(1.0)  # as torch.nn.utils.clip_grad_norm_
+        for gradient in gradients:
+            gradient.mul_(scale.view(-1, *([1] * (gradient.ndim - 1))))
+
+
+class _TrainingStep(nn.Module):
+    """A module whose forward is another's training step, and which keeps what that logs."""
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self.module = module
+        self.logged: dict[str, Tensor] = {}
+        self.log_options: dict[str, dict[str, Any]] = {}
+
+    def forward(self, *args: Any) -> Any:
+        self.logged = {}
+        return self.module.training_step(*args)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        self.module.log = self._log  # type: ignore[method-assign]
+        self.module.log_dict = self._log_dict  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.module.log, self.module.log_dict
+
+    def _log(self, name: str, value: Any, **options: Any) -> None:
+        if isinstance(value, Metric):
+            raise RuntimeError(f"it logs the metric {name!r}, whose state would mix the clients")
+        self.logged[name] = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float32).detach()
+        self.log_options[name] = {**options, "sync_dist": False}
+
+    def _log_dict(self, values: Mapping[str, Any], **options: Any) -> None:
+        for name, value in values.items():
+            self._log(name, value, **options)
+
+
+def _ineligible(
+    module: LightningModule, optimizers: Sequence[Optimizer], local_schedule: bool, trainer: Trainer
+) -> str | None:
+    hooks: Callable[[str], bool] = lambda hook: is_overridden(hook, module)  # noqa: E731
+    normalised = [name for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    return next(
+        (
+            reason
+            for applies, reason in (
+                (not module.automatic_optimization, "it optimizes manually"),
+                (len(optimizers) != 1, f"it has {len(optimizers)} optimizers, and one is needed"),
+                (
+                    not all(type(optimizer) in _ELEMENTWISE for optimizer in optimizers),
+                    f"its optimizer is none of {', '.join(kind.__name__ for kind in _ELEMENTWISE)}",
+                ),
+                (local_schedule, "its schedule is stepped within a client"),
+                (bool(normalised), f"batch normalisation ({normalised[:1]}) changes buffers; see replace_batch_norm"),
+                (trainer.accumulate_grad_batches != 1, "gradients are accumulated over batches"),
+                (trainer.precision == "16-mixed", "precision 16-mixed scales losses"),
+                (any(map(hooks, _HOOKS)), f"it overrides {', '.join(filter(hooks, _HOOKS))}"),
+            )
+            if applies
+        ),
+        None,
+    )
