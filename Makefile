@@ -43,8 +43,8 @@ clean:
 # Each stamp installs the package with one more set of extras; it is made again when the pins or the metadata change,
 # or when the environment under it is gone or lacks what the target runs.
 CORE := pip lightning_iclr torch lightning torchmetrics datasets jsonargparse matplotlib
-TEST := $(CORE) pytest xdist pytest_timeout build hatchling sklearn scipy transformers tensorboard
-DEV := $(TEST) ruff mypy pre_commit mkdocs material mkdocstrings
+TEST := $(CORE) opacus flwr pytest xdist pytest_timeout build hatchling sklearn scipy transformers tensorboard
+DEV := $(TEST) latex2mathml ruff mypy pre_commit mkdocs material mkdocstrings
 
 .venv/core: EXTRAS :=
 .venv/test: EXTRAS := [test,tensorboard]

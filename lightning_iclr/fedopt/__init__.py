@@ -7,6 +7,7 @@ from lightning_iclr.fedopt.data import FederatedDataModule
 from lightning_iclr.fedopt.embedded_tasks import FederatedDigits, ShakespeareRoles
 from lightning_iclr.fedopt.encoders import ImageEncoder
 from lightning_iclr.fedopt.evaluation import ClientEvaluation
+from lightning_iclr.fedopt.flower import FedOptFlower, flower_server_app, lightning_client_app
 from lightning_iclr.fedopt.loader import FederatedLoader, Stragglers
 from lightning_iclr.fedopt.model import (
     CharacterLSTM,
@@ -54,6 +55,7 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedOptFlower",
     "FedOptStrategy",
     "FedYogi",
     "FederatedDataModule",
@@ -78,8 +80,10 @@ __all__ = [
     "ZipfTags",
     "by_key",
     "dirichlet",
+    "flower_server_app",
     "iid",
     "label_matrix",
+    "lightning_client_app",
     "pachinko",
     "pathological",
     "replace_batch_norm",
