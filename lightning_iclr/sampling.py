@@ -98,7 +98,7 @@ def seed_step(seed: int, epoch: int, batch_idx: int, rank: int) -> None:
     number = _generator(b"step", seed, epoch, batch_idx, rank).initial_seed()
     # Not by torch.manual_seed: for devices that are not in use it formats a stack trace, a millisecond each time.
     torch.default_generator.manual_seed(number)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(number)
     elif torch.backends.mps.is_available():
         torch.mps.manual_seed(number)

@@ -260,9 +260,10 @@ class EffectiveStep(Callback):
 class RoundCurves(Callback):
     """Draw a run's curves over rounds: ``rounds.png``.
 
-    They are the validation metric and the validation loss where they are logged, the clients' training loss, the norms
-    of the mean update, of one client's and of the server's step, and the clients' mean cosine to the mean update. With
-    a target it also logs ``rounds_to_target`` once the metric's mean over the newest three validations reaches it.
+    They are the validation metric and ``val/loss`` where these are logged, the clients' training loss, the norms of one
+    client's update on average, of the mean update and of the server's step, and the mean cosine of the clients' updates
+    to the mean. With a target it also logs ``rounds_to_target`` once the metric's mean over the newest three
+    validations reaches it.
 
     Args:
         metric: Name of the validation metric.

@@ -8,17 +8,24 @@ client's next update, so that what is lost in one round is sent in a later one (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Compressor = Callable[[Tensor, Sequence[int]], Tensor]
+
+class Compressor(ABC):
+    """What maps an update to what the server receives."""
+
+    @abstractmethod
+    def __call__(self, update: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Map an update (P,) of tensors of the given sizes to what the server receives (P,)."""
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Compressor):
     """Send the largest numbers of an update, by magnitude, and zero in place of all others.
 
     Args:
@@ -49,7 +56,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class EightBit:
+class EightBit(Compressor):
     """Send every number of an update as one of 255 levels, evenly spaced up to its tensor's largest magnitude.
 
     Examples:
@@ -60,7 +67,7 @@ class EightBit:
     def __call__(self, update: Tensor, sizes: Sequence[int]) -> Tensor:
         """Map an update (P,) of tensors of the given sizes to what the server receives (P,)."""
         received = []
-        for part in update.split(list(sizes)):
+        for part in torch.split(update, list(sizes)):
             level = part.abs().amax() / 127
             received.append(torch.where(level > 0, (part / level).round() * level, part))
         return torch.cat(received)

@@ -169,7 +169,14 @@ class FederatedDataModule(LightningDataModule):
         return read_tables(self.dataset, self.config_name, self.revision, self.data_files)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open, split and partition the data on every process; Lightning calls this again for each stage."""
+        """Open, split and partition the data on every process; Lightning calls this again for each stage.
+
+        Raises:
+            ValueError: The Trainer is to fit with another strategy than `FedOptStrategy`, or the data do not allow what
+                the arguments ask for.
+        """
+        if stage == "fit":
+            self._check_strategy()
         if self._rows:
             return
         tables = self.tables()
@@ -204,14 +211,7 @@ class FederatedDataModule(LightningDataModule):
         Raises:
             ValueError: The Trainer has another strategy than `FedOptStrategy`.
         """
-        from lightning_iclr.fedopt.strategy import FedOptStrategy
-
-        strategy = None if self.trainer is None else self.trainer.strategy
-        if strategy is not None and not isinstance(strategy, FedOptStrategy):
-            raise ValueError(
-                "federated recipes scale by trainer.devices and trainer.num_nodes alone: leave out trainer/ddp, "
-                f"trainer/fsdp and other strategies, got strategy {type(strategy).__name__}"
-            )
+        self._check_strategy()
         source, clients = self._encoded("train")
         return FederatedLoader(
             FederatedExamples(source, self.encode, seed=self.seed, training=True),
@@ -297,6 +297,16 @@ class FederatedDataModule(LightningDataModule):
             known = ", ".join(part for part in ("train", "val", "test") if part in self._rows)
             hint = "" if split not in ("val", "test") else f"; set {split}_split, {split}_size or client_split"
             raise ValueError(f"split must be one of {known}, got {split!r}{hint}")
+
+    def _check_strategy(self) -> None:
+        from lightning_iclr.fedopt.strategy import FedOptStrategy
+
+        strategy = None if self.trainer is None else self.trainer.strategy
+        if strategy is not None and not isinstance(strategy, FedOptStrategy):
+            raise ValueError(
+                "federated recipes scale by trainer.devices and trainer.num_nodes alone: leave out trainer/ddp, "
+                f"trainer/fsdp and other strategies, got strategy {type(strategy).__name__}"
+            )
 
     def _encoded(self, split: str) -> tuple[Source, list[np.ndarray]]:
         """Return what a part is encoded in, and its examples there by client."""

@@ -91,10 +91,9 @@ class ClientEvaluation(Callback):
     the recall of one without tags, is left out of that name's four.
 
     The last evaluation is kept as ``table`` and drawn when the run ends, as histograms: ``client_evaluation.png``, or
-    ``client_evaluation_test.png``. The running
-    validation, the weights, the metrics of the module and the random generators are left as they were; what a step
-    does besides logging it does for every client. The clients are shared out over the processes, and the result does
-    not depend on their number.
+    ``client_evaluation_test.png``. The running validation, the weights, the module's metrics and the random generators
+    are left as they were; what a step does besides logging it does for every client. The clients are shared out over
+    the processes, and the result does not depend on their number.
 
     A client's rows come from ``dataset`` and ``partition`` or, without these, from the data module's
     ``client_datasets(split)``. Clients have the numbers that they have in training; one without rows is left out.

@@ -148,7 +148,7 @@ class FederatedLoader:
         self._rows: list[list[Any]] = []  # of each batch of the round; filled before each iteration
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_sampler=_Current(self._rows),  # type: ignore[arg-type]  # any iterable of rows will do
+            batch_sampler=_Current(self._rows),
             collate_fn=collate_fn,
             num_workers=num_workers,
             pin_memory=pin_memory,
@@ -316,7 +316,7 @@ def _stacked(batch: Any, clients: int, rows: int) -> Any:
                 "vectorize_clients needs batches of tensors with one row an example, got "
                 f"{tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__} for {rows} examples"
             )
-        return leaf.unflatten(0, (clients, rows // clients))
+        return leaf.view(clients, rows // clients, *leaf.shape[1:])
 
     return tree_map(stack, batch)
 

@@ -119,7 +119,7 @@ def draw_client_updates(rounds: ArrayLike, norms: ArrayLike, cosines: ArrayLike)
 
     Examples:
         >>> len(draw_client_updates([1, 1, 2], [0.5, 0.7, 0.6], [0.9, 0.2, 0.4]).axes)
-        4
+        3
     """
     when = np.asarray(rounds)
     size, agreement = np.asarray(norms, dtype=np.float64), np.asarray(cosines, dtype=np.float64)

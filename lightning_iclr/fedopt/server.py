@@ -86,7 +86,7 @@ class Server:
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return views of a vector (P + B,) in the shapes of the parameters, then of the averaged buffers."""
         shapes = [p.shape for p in self.parameters] + [self.buffers[name].shape for name in self.averaged]
-        parts = vector.split([shape.numel() for shape in shapes])
+        parts = torch.split(vector, [shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def step(self, delta: Tensor) -> Tensor:
@@ -109,7 +109,8 @@ class Server:
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         moved = torch._foreach_sub([p.data for p in self.parameters], before)
-        return torch.stack(torch._foreach_norm(moved)).norm()
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(moved)))
+        return norm
 
     def finish_round(self, total: Total, noise: Callable[[int], Tensor] | None = None) -> dict[str, Tensor]:
         """Step along the mean of a round's updates, and return the round's numbers.
@@ -253,7 +254,7 @@ class UpdateSum:
         self.num_parameters, self.size, self.clip_norm = num_parameters, size, clip_norm
         self.vector = torch.zeros(size + num_parameters + len(self._SCALARS) + cohort_size, dtype=dtype, device=device)
         lengths = [size, num_parameters, *([1] * len(self._SCALARS)), cohort_size]
-        self._delta, self._direction, *self._numbers, self._norms = self.vector.split(lengths)
+        self._delta, self._direction, *self._numbers, self._norms = torch.split(self.vector, lengths)
 
     def reset(self) -> None:
         """Begin another round."""
@@ -287,7 +288,8 @@ class UpdateSum:
 
     def read(self) -> Total:
         """Return the sums; call this when all processes' vectors have been added."""
-        return Total(self._delta, self._direction, *(number[0] for number in self._numbers), self._norms)
+        numbers = {name: number[0] for name, number in zip(self._SCALARS, self._numbers, strict=True)}
+        return Total(self._delta, self._direction, norms=self._norms, **numbers)
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -115,7 +115,8 @@ class VectorizedClients:
             for group in self.optimizer.param_groups:
                 own = [by_parameter[id(p)] for p in group["params"] if id(p) in by_parameter]
                 groups.append({**group, "params": own})
-            self._stacks[clients] = stack, type(self.optimizer)([group for group in groups if group["params"]])
+            build: Callable[[list[dict[str, Any]]], Optimizer] = type(self.optimizer)
+            self._stacks[clients] = stack, build([group for group in groups if group["params"]])
         stack, optimizer = self._stacks[clients]
         for name, parameter in self.parameters.items():
             stack[name].copy_(parameter.detach().expand_as(stack[name]))
@@ -203,8 +204,8 @@ class _TrainingStep(nn.Module):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        self.module.log = self._log  # type: ignore[method-assign]
-        self.module.log_dict = self._log_dict  # type: ignore[method-assign]
+        self.module.log = self._log  # type: ignore[method-assign, assignment]
+        self.module.log_dict = self._log_dict  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

@@ -141,11 +141,12 @@ class Watch(Callback):
         assert not any(part.training for part in pl_module.modules())
         assert "log" not in vars(pl_module)
         self.metrics = [part for part in pl_module.modules() if isinstance(part, Metric)]
+        self.correct = float(pl_module.accuracy.tp)
 
 
 def test_the_running_validation_and_the_training_are_as_without_it():
     seen = []
-    for callbacks in ([Watch()], [evaluation(), Watch()]):
+    for callbacks in ([Watch()], [evaluation(num_clients=2), Watch()]):
         module = Evaluated()
         metrics = [part for part in module.modules() if isinstance(part, Metric)]
         run = trainer(FedOptStrategy(yogi), rounds=3, callbacks=callbacks)
@@ -153,29 +154,49 @@ def test_the_running_validation_and_the_training_are_as_without_it():
         assert all(now is then for now, then in zip(callbacks[-1].metrics, metrics, strict=True))
         assert all(part.training for part in module.net.modules())
         numbers = {n: float(v) for n, v in run.callback_metrics.items() if not n.startswith("client/")}
+        numbers["correct"] = callbacks[-1].correct
         seen.append((numbers, {name: value.clone() for name, value in module.state_dict().items()}, torch.rand(3)))
     assert seen[0][0] == seen[1][0]
     assert {"val/loss", "val/accuracy", "val/recall", "train/mean"} <= set(seen[0][0])
     torch.testing.assert_close(seen[0][1:], seen[1][1:], rtol=0, atol=0)
 
 
+def test_parts_that_validation_leaves_in_training_mode_are_evaluated_and_go_back():
+    class Stubborn(Evaluated):
+        def on_validation_model_eval(self):
+            self.net.eval()
+            self.net[3].train()  # dropout
+
+    class After(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            assert [part.training for part in pl_module.net] == [False, False, False, True, False]
+
+    module, callback = Stubborn(), evaluation()
+    trainer(FedOptStrategy(yogi), rounds=1, callbacks=[callback, After()]).fit(module, loader(), validation())
+    assert_tables_equal(callback.table, by_hand(module))
+
+
 class Noisy(Evaluated):
-    """Draws random numbers in its validation step."""
+    """Draws random numbers in its validation step, and counts the steps that clients take."""
+
+    steps = 0
 
     def validation_step(self, batch, batch_idx):
         super().validation_step(batch, batch_idx)
+        self.steps += "log" in vars(self)
         self.log("val/noise", torch.rand(()), sync_dist=True)
 
 
 class Keep(Callback):
-    """Write the table of a process of its own to a file, each process its own."""
+    """Write each process's table to a file."""
 
     def __init__(self, evaluation, folder):
         self.evaluation, self.folder = evaluation, folder
 
     def on_validation_end(self, trainer, pl_module):
         if not trainer.sanity_checking:
-            torch.save(self.evaluation.table, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
+            seen = self.evaluation.table, getattr(pl_module, "steps", 0)
+            torch.save(seen, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
 
 
 @pytest.mark.parametrize("clients", [None, 1], ids=["all", "fewer than processes"])
@@ -190,9 +211,11 @@ def test_two_processes_find_exactly_what_one_finds(tmp_path, clients, personal):
         run.fit(Noisy(), loader(shuffle=False, clients_per_round=2), validation())
         logged.append({n: float(v) for n, v in run.callback_metrics.items() if n.startswith("client/")})
     one, *two = [torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1")]
-    assert one == two[0] == two[1]
+    assert one[0] == two[0][0] == two[1][0]
     assert logged[0] == logged[1]
-    assert len(one["val/noise"]) == (clients or 5)
+    assert len(one[0]["val/noise"]) == (clients or 5)
+    # Eight batches of four rows, or one client's three; no process may take a step less, should steps be collective.
+    assert (one[1], two[0][1], two[1][1]) == ((3, 3, 3) if clients else (8, 4, 4))
     assert len(logged[0]) == 4 * 5
 
 
@@ -203,7 +226,7 @@ def test_it_runs_under_a_strategy_that_knows_no_clients(tmp_path, devices):
     strategy = DDPStrategy(start_method="fork") if devices == 2 else "auto"
     run = trainer(strategy, devices=devices, callbacks=[callback, Keep(callback, tmp_path)])
     run.validate(module, validation(), verbose=False)
-    assert_tables_equal(torch.load(tmp_path / f"{devices}-0.pt"), by_hand(module))
+    assert_tables_equal(torch.load(tmp_path / f"{devices}-0.pt")[0], by_hand(module))
     assert (tmp_path / "figures" / "client_evaluation.png").stat().st_size > 2000
 
 

@@ -121,17 +121,18 @@ def shares(axis):
 def test_each_rounds_histogram_holds_all_of_its_clients():
     rounds = np.repeat([1, 2, 3], [4, 2, 10])
     norms = np.linspace(0.1, 0.9, 16)
-    cosines = np.concatenate([[-0.4, 0.9, 0.9, 0.9], [1.0, 0.0], np.full(10, 0.5)])
+    cosines = np.concatenate([[-0.4, 0.9, 0.9, 0.9], [1 + 1e-9, 0.0], np.full(10, 0.5)])
     left, right, _ = save(draw_client_updates(rounds, norms, cosines)).axes
     for axis in (left, right):
         assert shares(axis).sum(axis=0) == pytest.approx([1, 1, 1])
     edges = axis.collections[0].get_coordinates()[:, 0, 1]
     assert edges[0] == pytest.approx(-0.4)
     first = shares(right)[:, 0]
+    assert shares(right)[-1, 1] == 0.5  # a cosine that rounding has made larger than 1
     assert first[0] == pytest.approx(0.25)
     assert first[np.searchsorted(edges, 0.9) - 1] == pytest.approx(0.75)
     medians = next(line for line in right.get_lines() if len(line.get_xdata()) == 3)
-    assert medians.get_ydata().tolist() == [0.9, 0.5, 0.5]
+    assert medians.get_ydata() == pytest.approx([0.9, 0.5, 0.5])
     assert medians.get_xdata().tolist() == [1, 2, 3]
     assert left.get_yscale() == "linear"
     assert left.collections[0].get_clim() == right.collections[0].get_clim() == (0, 1)
