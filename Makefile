@@ -36,6 +36,9 @@ bench: .venv/test
 	for part in speed memory-peaks ablation accuracy masked-patch claim; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vit.py $$part || exit 1; \
 	done
+	for part in speed claim shakespeare; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fedopt.py $$part || exit 1; \
+	done
 
 clean:
 	rm -rf .venv runs site dist
