@@ -16,8 +16,9 @@ from lightning.pytorch import LightningDataModule
 from lightning_iclr.fedopt.encoders import Columns
 from lightning_iclr.fedopt.examples import FederatedExamples, Source, encode_rows, examples_of, whole_batch
 from lightning_iclr.fedopt.loader import FederatedLoader
-from lightning_iclr.fedopt.tables import DataFiles, check_columns, hold_out, prepare_tables, read_tables, select_split
+from lightning_iclr.fedopt.tables import hold_out
 from lightning_iclr.sampling import ResumableLoader
+from lightning_iclr.tables import DataFiles, check_columns, prepare_tables, read_tables, select_split
 
 if TYPE_CHECKING:  # importing datasets takes over a second
     from datasets import Dataset as Table

@@ -13,17 +13,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from lightning_iclr.sampling import ResumableLoader
+from lightning_iclr.tables import prepare_tables, read_tables, select_split
 from lightning_iclr.vit.augment import RandAugment, RandomResizedCrop
 from lightning_iclr.vit.images import PADDING, EvaluationTransform, ImageRows, Mode, TrainTransform, Transform, decode
-from lightning_iclr.vit.tables import (
-    image_folder,
-    prepare_tables,
-    read_labels,
-    read_tables,
-    select_split,
-    stratified_holdout,
-    undecoded,
-)
+from lightning_iclr.vit.tables import image_folder, read_labels, stratified_holdout, undecoded
 
 if TYPE_CHECKING:  # importing datasets takes over a second
     from datasets import Dataset as Table

@@ -1,8 +1,7 @@
-"""Find image data wherever they lie, and check what is in them before training starts."""
+"""Image data in tables: check what is in them before training starts, and hold out a part."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,111 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lightning_iclr.tables import check_columns
+
 if TYPE_CHECKING:  # importing datasets takes over a second
     from datasets import Dataset as Table
-    from datasets import DatasetBuilder, DatasetDict
-
-DataFiles = str | list[str] | dict[str, str] | None
-
-
-def prepare_tables(dataset: str, config_name: str | None, revision: str | None, data_files: DataFiles) -> None:
-    """Download a hub dataset, or convert local files, into the cache of ``datasets``.
-
-    Raises:
-        ConnectionError: The hub cannot be reached; the error names the dataset.
-        FileNotFoundError: There is no such dataset or file.
-    """
-    if not _is_saved(dataset):
-        builder = _builder(dataset, config_name, revision, data_files)
-        try:
-            builder.download_and_prepare()
-        except ConnectionError as error:
-            raise _unreachable(dataset, error) from error
-
-
-def read_tables(
-    dataset: str | Table | DatasetDict, config_name: str | None, revision: str | None, data_files: DataFiles
-) -> dict[str, Table]:
-    """Return the splits of prepared data by name; a lone table is called ``train``.
-
-    Raises:
-        FileNotFoundError: The data are not prepared.
-        TypeError: ``dataset`` is a streamed dataset or another object.
-    """
-    from datasets import Dataset, load_from_disk
-
-    if isinstance(dataset, str) and _is_saved(dataset):
-        dataset = load_from_disk(dataset)
-    elif isinstance(dataset, str):
-        builder = _builder(dataset, config_name, revision, data_files)
-        try:
-            dataset = builder.as_dataset()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{dataset} is not prepared on this machine; call prepare_data() first") from error
-    if isinstance(dataset, Dataset):
-        return {"train": dataset}
-    if isinstance(dataset, dict) and dataset and all(isinstance(table, Dataset) for table in dataset.values()):
-        return dict(dataset)
-    raise TypeError(f"dataset must be a name, a Dataset or a DatasetDict, got {type(dataset).__name__}")
-
-
-def _is_saved(dataset: str) -> bool:
-    return any((Path(dataset) / name).is_file() for name in ("dataset_dict.json", "state.json"))
-
-
-def _builder(dataset: str, config_name: str | None, revision: str | None, data_files: DataFiles) -> DatasetBuilder:
-    from datasets import load_dataset_builder
-    from datasets.exceptions import DatasetNotFoundError
-
-    path = Path(dataset)
-    try:
-        if path.is_file():
-            if path.suffix != ".parquet":
-                raise ValueError(f"dataset must be a .parquet file, a folder or a hub id, got {dataset}")
-            return load_dataset_builder("parquet", config_name, data_files=data_files or dataset)
-        if not path.is_dir() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) is None:
-            raise FileNotFoundError(f"dataset {dataset!r} is no file or folder, and cannot be a hub id")
-        return load_dataset_builder(dataset, config_name, data_files=data_files, revision=revision)
-    except DatasetNotFoundError as error:
-        raise FileNotFoundError(
-            f"dataset {dataset!r} is no local file or folder, and the hub does not show it: is the id right, and are "
-            f"you logged in if it is gated? ({error})"
-        ) from error
-    except ConnectionError as error:
-        raise _unreachable(dataset, error) from error
-
-
-def _unreachable(dataset: str, error: Exception) -> ConnectionError:
-    return ConnectionError(
-        f"dataset {dataset!r} is no local file or folder and not in the cache, and the Hugging Face hub cannot be "
-        f"reached: it needs a network once ({error})"
-    )
-
-
-def select_split(tables: dict[str, Table], spec: str, argument: str) -> Table:
-    """Return the rows that ``spec`` names, such as ``train[:99%]`` or ``train+validation``.
-
-    Raises:
-        ValueError: There is no such split; the error names the ones there are, and the argument to change.
-
-    Examples:
-        >>> from datasets import Dataset
-        >>> len(select_split({"train": Dataset.from_dict({"x": range(200)})}, "train[:99%]", "train_split"))
-        198
-    """
-    from datasets import ReadInstruction, concatenate_datasets
-
-    sizes = {name: len(table) for name, table in tables.items()}
-    try:
-        parts = ReadInstruction.from_spec(spec).to_absolute(sizes)
-    except (AssertionError, ValueError) as error:
-        known = ", ".join(f"{name} ({size})" for name, size in sizes.items())
-        raise ValueError(f"{argument}={spec!r} is no split of this dataset, which has: {known}") from error
-    rows = [tables[part.splitname].select(range(part.from_, part.to)) for part in parts]
-    table = rows[0] if len(rows) == 1 else concatenate_datasets(rows)
-    if len(table) == 0:
-        raise ValueError(f"{argument}={spec!r} holds no rows")
-    return table
 
 
 def undecoded(table: Table, column: str, name: str) -> Table:
@@ -127,7 +25,7 @@ def undecoded(table: Table, column: str, name: str) -> Table:
     from datasets import Array2D, Array3D
     from datasets import Image as ImageFeature
 
-    _check_column(table, column, "image_column", name)
+    check_columns(table, {"image_column": column}, name)
     table = table.select_columns(column)
     if isinstance(table.features[column], Array2D | Array3D):
         return table.with_format("numpy", dtype=np.dtype(table.features[column].dtype))  # else all integers are 64-bit
@@ -161,7 +59,7 @@ def read_labels(
     """
     from datasets import ClassLabel, Value
 
-    _check_column(table, column, "label_column", name)
+    check_columns(table, {"label_column": column}, name)
     feature = table.features[column]
     values = table.select_columns(column).with_format("arrow")[:][column]
     if values.null_count:
@@ -242,9 +140,3 @@ def image_folder(folder: str, column: str) -> Table:
     if not paths:
         raise FileNotFoundError(f"predict_folder={folder!r} is no folder with images")
     return Dataset.from_dict({column: paths})
-
-
-def _check_column(table: Table, column: str, argument: str, name: str) -> None:
-    if column not in table.column_names:
-        columns = ", ".join(table.column_names)
-        raise ValueError(f"{argument}={column!r} is no column of {name}, which has: {columns}; set {argument}")
