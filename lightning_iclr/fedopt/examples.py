@@ -150,10 +150,10 @@ class FederatedExamples(Dataset[Batch]):
         if self._serve is not None:
             generators = [sample_generator(self.seed, key.epoch, key.index) for key in full] if self._augments else None
             batch = self._serve(batch, generators)
-        padding = torch.tensor([key.padding for key in full])
+        padding = torch.tensor([key.padding for key in full]) if any(key.padding for key in full) else None
         if self.serve_positions:
-            return (*batch[:-1], positions.masked_fill(padding, -1))
-        if padding.any():
+            return (*batch[:-1], positions if padding is None else positions.masked_fill(padding, -1))
+        if padding is not None:
             targets = batch[-1].clone()  # which may share its memory with the inputs
             targets[padding] = PADDING
             batch = (*batch[:-1], targets)

@@ -81,7 +81,9 @@ class Server:
     def flatten_module(self) -> Tensor:
         """Return what the module holds, as a new vector (P + B,)."""
         parts = [*self.of_module, *(self.module_buffers[name] for name in self.averaged)]
-        return torch.cat([part.detach().reshape(-1).to(self.dtype) for part in parts])
+        vector = torch.empty(self.size, dtype=self.dtype, device=parts[0].device)
+        torch._foreach_copy_(self.split(vector), parts)
+        return vector
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return views of a vector (P + B,) in the shapes of the parameters, then of the averaged buffers."""
@@ -270,8 +272,9 @@ class UpdateSum:
             loss: Its mean training loss, a scalar.
             position: Its place in the cohort, from 0.
         """
-        finite = torch.isfinite(delta).all()
-        delta.masked_fill_(~finite, 0.0)
+        finite = torch.isfinite(torch.linalg.vector_norm(delta))  # as every number then is
+        if not (delta.is_cpu and bool(finite)):  # on a device a look would wait, and a pass over the numbers does not
+            delta.masked_fill_(~finite, 0.0)
         parameters = delta[: self.num_parameters]
         norm = torch.linalg.vector_norm(parameters)
         self._direction.addcdiv_(parameters, norm.clamp_min(torch.finfo(norm.dtype).tiny))

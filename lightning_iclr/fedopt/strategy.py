@@ -273,6 +273,14 @@ class FedOptStrategy(DDPStrategy):
         """Remember what every client starts from, now that a checkpoint has been restored."""
         local = [config.scheduler for config in self.lr_scheduler_configs if config.interval == "step"]
         self.clients = ClientOptimizers(self.optimizers, local, len(local) < len(self.lr_scheduler_configs))
+        self.sum = UpdateSum(
+            self._server.num_parameters,
+            self._server.size,
+            self._loader.clients_per_round,
+            self.aggregation_dtype,
+            self.root_device,
+            self.clip_norm,
+        )
         # The slots that align accumulation with clients are empty on purpose.
         self._module.trainer.fit_loop.epoch_loop._warning_cache.add(
             "train_dataloader yielded None. If this was on purpose, ignore this warning..."
@@ -297,14 +305,7 @@ class FedOptStrategy(DDPStrategy):
         server.load_into_module()
         self.start = server.flatten_module()
         self.start_parameters = [part.clone() for part in server.of_module] if self.proximal else []
-        self.sum = UpdateSum(
-            server.num_parameters,
-            server.size,
-            loader.clients_per_round,
-            self.aggregation_dtype,
-            self.root_device,
-            self.clip_norm,
-        )
+        self.sum.reset()
 
     def begin_client(self, task: ClientTask) -> None:
         """Give the module the server's weights, or the client's own, and fresh optimizers."""
@@ -368,7 +369,7 @@ class FedOptStrategy(DDPStrategy):
             spent = epsilon(self.noise_multiplier, rate, server.round - server.skipped_rounds, self.delta)
             self.round_metrics["epsilon"] = torch.tensor(spent, dtype=self.aggregation_dtype)
         total = self.sum.read()
-        self.round_norms, self.mean_update = total.norms, total.delta / total.weight
+        self.round_norms, self.mean_update = total.norms.clone(), total.delta / total.weight
         server.load_into_module()
         self.clients.end_round()
         self.in_round = False
