@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from PIL import Image
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -120,12 +121,15 @@ def test_fsdp_shards_every_block_and_gathers_for_represent(tmp_path):
         with torch.no_grad():
             return {
                 "shares": local,
+                "blocks": [isinstance(block, FSDPModule) for block in module.net.blocks],
                 "equal": torch.equal(module.net.head(module.net.represent(images)), module(images)),
             }
 
     for result in run_distributed(shards):
         assert result["shares"].keys() == dict(tiny().named_parameters()).keys()
         assert set(result["shares"].values()) == {0.5}
+        assert len(result["blocks"]) > 0
+        assert all(result["blocks"])  # else the root alone would gather everything at once
         assert result["equal"]
 
 
