@@ -168,6 +168,7 @@ def rows_by_code(codes: Indices) -> list[Indices]:
 
 
 def check_clients(num_clients: int, num_examples: int | None = None) -> None:
+    """Refuse a number of clients that is below 1 or exceeds the examples."""
     if num_clients < 1:
         raise ValueError(f"num_clients must be at least 1, got {num_clients}")
     if num_examples is not None and num_clients > num_examples:
@@ -175,10 +176,12 @@ def check_clients(num_clients: int, num_examples: int | None = None) -> None:
 
 
 def check_concentration(name: str, value: float) -> None:
+    """Refuse a concentration that is not positive."""
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_size(examples_per_client: int | None) -> None:
+    """Refuse a client size below 1."""
     if examples_per_client is not None and examples_per_client < 1:
         raise ValueError(f"examples_per_client must be at least 1, or None; got {examples_per_client}")
