@@ -250,7 +250,8 @@ class FedOptFlower:
                 continue
             numbers = reply.content["metrics"]
             task = ClientTask(client, position, int(numbers["steps"]), int(numbers["num-examples"]))
-            strategy.collect(task, update, torch.tensor(float(numbers["train_loss"]), dtype=torch.float64))
+            loss = torch.tensor([float(numbers["train_loss"])], dtype=torch.float64)
+            strategy.collect([task], update[None], loss)
             steps, batches = steps + task.steps, batches + int(numbers["batches"])
         strategy.end_round()
         count_round(trainer, steps, batches)

@@ -60,10 +60,10 @@ class ClientStrategy(FedOptStrategy):
             _step_schedules(trainer)
             epochs.processed += 1
 
-    def collect(self, task: ClientTask, update: Tensor, loss: Tensor) -> None:
+    def collect(self, tasks: Sequence[ClientTask], updates: Tensor, losses: Tensor) -> None:
         """Keep what the module holds, which is the client's."""
         held = dict(self._module.named_parameters()) | dict(self._module.named_buffers())
-        self.result = task, loss, {name: tensor.detach().clone() for name, tensor in held.items()}
+        self.result = tasks[0], losses[0], {name: tensor.detach().clone() for name, tensor in held.items()}
 
     def end_round(self) -> None:
         """Stop: the server is elsewhere."""

@@ -236,8 +236,8 @@ class UpdateSum:
 
     Examples:
         >>> total = UpdateSum(num_parameters=2, size=2, cohort_size=2)
-        >>> total.add(torch.tensor([3.0, 4.0]), weight=2.0, examples=2, loss=torch.tensor(1.0), position=0)
-        >>> total.add(torch.tensor([torch.nan, 0.0]), weight=1.0, examples=1, loss=torch.tensor(1.0), position=1)
+        >>> updates = torch.tensor([[3.0, 4.0], [torch.nan, 0.0]], dtype=torch.float64)
+        >>> total.add(updates, weights=[2.0, 1.0], examples=[2, 1], losses=torch.ones(2), positions=[0, 1])
         >>> total.read().delta.tolist(), float(total.read().nonfinite)
         ([6.0, 8.0], 1.0)
     """
@@ -255,43 +255,54 @@ class UpdateSum:
     ) -> None:
         self.num_parameters, self.size, self.clip_norm = num_parameters, size, clip_norm
         self.vector = torch.zeros(size + num_parameters + len(self._SCALARS) + cohort_size, dtype=dtype, device=device)
-        lengths = [size, num_parameters, *([1] * len(self._SCALARS)), cohort_size]
-        self._delta, self._direction, *self._numbers, self._norms = torch.split(self.vector, lengths)
+        lengths = [size, num_parameters, len(self._SCALARS), cohort_size]
+        self._delta, self._direction, self._numbers, self._norms = torch.split(self.vector, lengths)
 
     def reset(self) -> None:
         """Begin another round."""
         self.vector.zero_()
 
-    def add(self, delta: Tensor, weight: float, examples: int, loss: Tensor, position: int) -> None:
-        """Add one client's update.
+    def add(
+        self,
+        updates: Tensor,
+        weights: Sequence[float],
+        examples: Sequence[int],
+        losses: Tensor,
+        positions: Sequence[int],
+    ) -> None:
+        """Add the updates of C clients.
 
         Args:
-            delta: Its update (P + B,), which is changed in place.
-            weight: Its weight in the mean.
-            examples: Examples that it trained on.
-            loss: Its mean training loss, a scalar.
-            position: Its place in the cohort, from 0.
+            updates: Their updates (C, P + B) in the precision of the sums, which are changed in place.
+            weights: Their weights in the mean.
+            examples: Examples that each trained on.
+            losses: Their mean training losses (C,).
+            positions: Their places in the cohort, from 0.
         """
-        finite = torch.isfinite(torch.linalg.vector_norm(delta))  # as every number then is
-        if not (delta.is_cpu and bool(finite)):  # on a device a look would wait, and a pass over the numbers does not
-            delta.masked_fill_(~finite, 0.0)
-        parameters = delta[: self.num_parameters]
-        norm = torch.linalg.vector_norm(parameters)
-        self._direction.addcdiv_(parameters, norm.clamp_min(torch.finfo(norm.dtype).tiny))
+        device, dtype = updates.device, updates.dtype
+        numbers = torch.tensor([weights, examples], dtype=dtype).to(device, non_blocking=True)
+        places = torch.tensor(positions).to(device, non_blocking=True)
+        finite = torch.isfinite(torch.linalg.vector_norm(updates, dim=1))  # as every number then is
+        if not (updates.is_cpu and bool(finite.all())):  # on a device a look would wait, and a pass does not
+            updates.masked_fill_(~finite[:, None], 0.0)
+        parameters = updates[:, : self.num_parameters]
+        norms = torch.linalg.vector_norm(parameters, dim=1)
+        inverse = norms.clamp_min(torch.finfo(dtype).tiny).reciprocal()
+        self._direction.addmv_(parameters.T, inverse)
+        clipped = torch.zeros_like(norms)
         if self.clip_norm is not None:
-            parameters.mul_((self.clip_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0))
-        counts = finite.to(delta.dtype)
-        self._delta.add_(delta, alpha=weight)  # zero where it does not count
-        clipped = counts * 0 if self.clip_norm is None else (norm > self.clip_norm).to(delta.dtype)
-        loss = torch.where(finite, loss.to(delta.dtype), 0.0)
-        numbers = (counts * weight, counts, counts * examples, loss * weight, 1 - counts, clipped)
-        for into, number in zip(self._numbers, numbers, strict=True):
-            into += number
-        self._norms[position] += norm
+            parameters.mul_((self.clip_norm * inverse).clamp_max(1.0)[:, None])
+            clipped = (norms > self.clip_norm).to(dtype)
+        counts = finite.to(dtype)
+        own, seen = numbers * counts
+        self._delta.addmv_(updates.T, own)
+        losses = torch.where(finite, losses.to(dtype), 0.0)
+        self._numbers += torch.stack([own, counts, seen, losses * own, 1 - counts, clipped * counts]).sum(1)
+        self._norms.index_add_(0, places, norms)
 
     def read(self) -> Total:
         """Return the sums; call this when all processes' vectors have been added."""
-        numbers = {name: number[0] for name, number in zip(self._SCALARS, self._numbers, strict=True)}
+        numbers = dict(zip(self._SCALARS, self._numbers, strict=True))
         return Total(self._delta, self._direction, norms=self._norms, **numbers)
 
 

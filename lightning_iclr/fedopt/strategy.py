@@ -323,27 +323,35 @@ class FedOptStrategy(DDPStrategy):
             return
         update = self._server.flatten_module().sub_(self.start)
         loss = torch.stack(self.losses).mean() if self.losses else torch.full((), torch.nan, device=update.device)
-        self.collect(task, update, loss)
+        self.collect([task], update[None], loss[None])
         self.store.write(task.client, self._server.personal)
 
-    def collect(self, task: ClientTask, update: Tensor, loss: Tensor) -> None:
-        """Compress, weigh and add a client's update (P + B,)."""
-        if self.compression is not None:
-            parameters = update[: self._server.num_parameters]
-            kept = self.store.read(task.client).get(_RESIDUAL, torch.zeros(())).to(parameters)
-            wanted = parameters + kept
-            sent = self.compression(wanted, [p.numel() for p in self._server.parameters])
-            sound = torch.isfinite(wanted).all()  # else the server leaves the client out, and so does its memory
-            self.store.write(task.client, {_RESIDUAL: torch.where(sound, wanted - sent, kept)})
-            parameters.copy_(torch.where(sound, sent, wanted))
-        for listener in self.update_listeners:
-            listener(task, update)
-        weight = float(task.num_examples) if self.weighting == "examples" else 1.0
-        if callable(self.weighting):
-            weight = self.weighting(task)
-            if not weight >= 0.0:
-                raise ValueError(f"weighting must give a number of 0 or more, got {weight} for client {task.client}")
-        self.sum.add(update, weight, task.num_examples, loss.detach(), task.position)
+    def collect(self, tasks: Sequence[ClientTask], updates: Tensor, losses: Tensor) -> None:
+        """Compress, weigh and add the updates (C, P + B) and losses (C,) of clients."""
+        for task, update in zip(tasks, updates, strict=True):
+            if self.compression is not None:
+                self._compress(self.compression, task, update[: self._server.num_parameters])
+            for listener in self.update_listeners:
+                listener(task, update)
+        examples, positions = [task.num_examples for task in tasks], [task.position for task in tasks]
+        self.sum.add(updates, [self._weigh(task) for task in tasks], examples, losses.detach(), positions)
+
+    def _compress(self, compression: Compressor, task: ClientTask, update: Tensor) -> None:
+        """Replace an update (P,) by what its client sends; what is left over it adds the next time."""
+        kept = self.store.read(task.client).get(_RESIDUAL, torch.zeros(())).to(update)
+        wanted = update + kept
+        sent = compression(wanted, [p.numel() for p in self._server.parameters])
+        sound = torch.isfinite(wanted).all()  # else the server leaves the client out, and so does its memory
+        self.store.write(task.client, {_RESIDUAL: torch.where(sound, wanted - sent, kept)})
+        update.copy_(torch.where(sound, sent, wanted))
+
+    def _weigh(self, task: ClientTask) -> float:
+        if not callable(self.weighting):
+            return float(task.num_examples) if self.weighting == "examples" else 1.0
+        weight = self.weighting(task)
+        if not weight >= 0.0:
+            raise ValueError(f"weighting must give a number of 0 or more, got {weight} for client {task.client}")
+        return weight
 
     def end_round(self) -> None:
         """Agree on the sum of updates and step the server optimizer."""
@@ -408,17 +416,15 @@ class FedOptStrategy(DDPStrategy):
 
     def _train_chunk(self, chunk: ClientChunk) -> Tensor:
         assert self.vectorized is not None
-        losses = []
-        start = self.start[: self._server.num_parameters]
+        means = []
         batch_idx = self._module.trainer.fit_loop.batch_idx
-        for tasks, parameters, loss in self.vectorized.train(chunk, batch_idx, self.proximal):
-            losses.append(loss)
-            for task, own, own_loss in zip(tasks, parameters.to(self.start.dtype), loss, strict=True):
-                if task.counted:
-                    update = torch.zeros_like(self.start)
-                    update[: len(start)] = own - start
-                    self.collect(task, update, own_loss)
-        return torch.cat(losses).mean()
+        for tasks, parameters, losses in self.vectorized.train(chunk, batch_idx, self.proximal):
+            means.append(losses)
+            if tasks[0].counted:  # as then are all; what does not count is in a chunk alone
+                updates = self.start.new_zeros(len(tasks), self._server.size)
+                updates[:, : self._server.num_parameters] = parameters - self.start[: self._server.num_parameters]
+                self.collect(tasks, updates, losses)
+        return torch.cat(means).mean()
 
     @property
     def _module(self) -> LightningModule:

@@ -1,7 +1,8 @@
-"""Train many clients at once: one vectorised gradient computation for all, by ``torch.func``.
+"""Train many clients at once: one vectorised forward pass for all, by ``torch.func``.
 
-The clients' parameters lie in one tensor with a leading dimension C for each of the module's, and the client optimizer
-steps them together, which is exact for every optimizer that treats the elements of a tensor alike.
+The clients' parameters lie in one tensor with a leading dimension C for each of the module's. One client's loss does
+not depend on another's parameters, so the gradient of the sum of all losses holds each client's own, and the client
+optimizer steps them together, which is exact for every optimizer that treats the elements of a tensor alike.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, vmap
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torchmetrics import Metric
 
@@ -88,19 +89,21 @@ class VectorizedClients:
         losses = torch.zeros(len(tasks), device=self.module.device)
         logs: dict[str, list[Tensor]] = defaultdict(list)
         for step, batches in enumerate(steps):
+            optimizer.zero_grad()
             for stacked in batches:
-                self._gradients(stack, stacked, batch_idx, losses, logs)
+                self._add_gradients(stack, stacked, batch_idx, losses, logs)
             if proximal:
                 for name, tensor in stack.items():
-                    assert tensor.grad is not None
-                    tensor.grad.add_(tensor.detach() - begin[name], alpha=proximal)
+                    if tensor.grad is not None:
+                        tensor.grad.add_(tensor.detach() - begin[name], alpha=proximal)
             self._clip(stack)
             optimizer.step()
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # else its schedule warns that it was not
             done = [place for place, task in enumerate(tasks) if task.steps == step + 1]
             if done:
-                flat = torch.cat([tensor.detach()[done].flatten(1) for tensor in stack.values()], dim=1)
-                yield [tasks[place] for place in done], flat, losses[done] / (step + 1)
+                rows = self._rows(done, len(tasks))
+                flat = torch.cat([tensor.detach()[rows].flatten(1) for tensor in stack.values()], dim=1)
+                yield [tasks[place] for place in done], flat, losses[rows] / (step + 1)
         examples = sum(task.num_examples for task in tasks)
         for name, values in logs.items():
             options = {**self._step.log_options[name], "batch_size": max(examples, 1)}
@@ -109,7 +112,8 @@ class VectorizedClients:
     def _start(self, clients: int) -> tuple[dict[str, Tensor], Optimizer]:
         """Return one copy of the parameters a client, and an optimizer like the module's over them."""
         if clients not in self._stacks:
-            stack = {name: p.detach().expand(clients, *p.shape).clone() for name, p in self.parameters.items()}
+            copies = {name: p.detach().expand(clients, *p.shape).clone() for name, p in self.parameters.items()}
+            stack = {name: tensor.requires_grad_() for name, tensor in copies.items()}
             by_parameter = {id(p): tensor for p, tensor in zip(self.parameters.values(), stack.values(), strict=True)}
             groups = []
             for group in self.optimizer.param_groups:
@@ -119,8 +123,7 @@ class VectorizedClients:
             self._stacks[clients] = stack, build([group for group in groups if group["params"]])
         stack, optimizer = self._stacks[clients]
         for name, parameter in self.parameters.items():
-            stack[name].copy_(parameter.detach().expand_as(stack[name]))
-            stack[name].grad = torch.zeros_like(stack[name])
+            stack[name].detach().copy_(parameter.detach().expand_as(stack[name]))
         groups = [g for g in self.optimizer.param_groups if any(id(p) in self._ids for p in g["params"])]
         for into, group in zip(optimizer.param_groups, groups, strict=True):
             into.update({key: value for key, value in group.items() if key != "params"})
@@ -136,7 +139,7 @@ class VectorizedClients:
     def _ids(self) -> set[int]:
         return {id(parameter) for parameter in self.parameters.values()}
 
-    def _gradients(
+    def _add_gradients(
         self,
         stack: dict[str, Tensor],
         stacked: StackedBatch,
@@ -144,29 +147,30 @@ class VectorizedClients:
         losses: Tensor,
         logs: dict[str, list[Tensor]],
     ) -> None:
-        """Compute the gradients of clients whose batches have the same shape."""
+        """Add the gradients of clients whose batches have the same shape."""
         places, batch = stacked
-        whole = len(places) == len(losses)
-        weights = {name: tensor.detach() if whole else tensor.detach()[places] for name, tensor in stack.items()}
+        rows = self._rows(places, len(losses))
+        weights = stack if isinstance(rows, slice) else {name: tensor[rows] for name, tensor in stack.items()}
         with self._step.recording(), self.trainer.precision_plugin.train_step_context():
-            function = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, None), randomness="different")
+            function = vmap(self._loss, in_dims=(0, 0, None), randomness="different")
             try:
-                gradients, (loss, logged) = function(weights, batch, batch_idx)
+                loss, logged = function(weights, batch, batch_idx)
             except RuntimeError as error:
                 raise ValueError(
                     f"vectorize_clients cannot train {type(self.module).__name__}: its training step does not run "
                     f"under torch.func.vmap ({error}); leave it out"
                 ) from error
-        for name, gradient in gradients.items():
-            if whole:
-                stack[name].grad = gradient
-            else:
-                into = stack[name].grad
-                assert into is not None
-                into[places] = gradient
-        losses[places] += loss
+        if loss.ndim != 1:
+            raise ValueError(f"training_step must return a scalar loss, got shape {tuple(loss.shape[1:])}")
+        torch.autograd.backward(loss.sum())
+        losses[rows] += loss.detach()
         for name, value in logged.items():
             logs[name].append(value.detach().flatten())
+
+    def _rows(self, places: list[int], clients: int) -> slice | Tensor:
+        if len(places) == clients:
+            return slice(None)
+        return torch.tensor(places).to(self.module.device, non_blocking=True)
 
     def _loss(self, weights: Mapping[str, Tensor], batch: Any, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
         arguments = (batch, batch_idx) if self.takes_index else (batch,)
@@ -204,12 +208,12 @@ class _TrainingStep(nn.Module):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        self.module.log = self._log  # type: ignore[method-assign, assignment]
-        self.module.log_dict = self._log_dict  # type: ignore[method-assign, assignment]
+        own = vars(self.module)  # not by setattr, which searches a module's parameters and buffers first
+        own["log"], own["log_dict"] = self._log, self._log_dict
         try:
             yield
         finally:
-            del self.module.log, self.module.log_dict
+            del own["log"], own["log_dict"]
 
     def _log(self, name: str, value: Any, **options: Any) -> None:
         if isinstance(value, Metric):
