@@ -32,11 +32,11 @@ docs: .venv/dev
 wheel-test: .venv/test
 	maintainers/wheel_test.sh $(BIN)/python
 
-bench: .venv/test
+bench: .venv/bench
 	for part in speed memory-peaks ablation accuracy masked-patch claim; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vit.py $$part || exit 1; \
 	done
-	for part in speed claim shakespeare; do \
+	for part in speed flower claim shakespeare; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fedopt.py $$part || exit 1; \
 	done
 
@@ -47,18 +47,21 @@ clean:
 # or when the environment under it is gone or lacks what the target runs.
 CORE := pip lightning_iclr torch lightning torchmetrics datasets jsonargparse matplotlib
 TEST := $(CORE) opacus flwr pytest xdist pytest_timeout build hatchling sklearn scipy transformers tensorboard
+BENCH := $(TEST) ray
 DEV := $(TEST) latex2mathml ruff mypy pre_commit mkdocs material mkdocstrings
 
 .venv/core: EXTRAS :=
 .venv/test: EXTRAS := [test,tensorboard]
+.venv/bench: EXTRAS := [test,tensorboard,flower]
 .venv/dev: EXTRAS := [dev,tensorboard]
 
 missing = $(if $(shell $(BIN)/python -c "$(call MISSING,$(1))" 2>&1),rebuild)
 .venv/core: $(call missing,$(CORE))
 .venv/test: $(call missing,$(TEST))
+.venv/bench: $(call missing,$(BENCH))
 .venv/dev: $(call missing,$(DEV))
 
-.venv/core .venv/test .venv/dev: pyproject.toml constraints.txt
+.venv/core .venv/test .venv/bench .venv/dev: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.$(EXTRAS)'

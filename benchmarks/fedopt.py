@@ -2,7 +2,8 @@
 
     python benchmarks/fedopt.py claim         # digits: rounds to 0.85; generated tags: recall; settings on validation
     python benchmarks/fedopt.py shakespeare   # next character over speaking roles
-    python benchmarks/fedopt.py speed         # strategy against a plain loop, vectorised clients, Flower's simulation
+    python benchmarks/fedopt.py speed         # strategy against a plain loop, and vectorised clients
+    python benchmarks/fedopt.py flower        # strategy against Flower's simulation; needs the extra `flower`
 
 Every command writes its part of ``benchmarks/results/fedopt.json`` with versions, machine, date and seeds. Settings are
 chosen on the validation part, over a grid of equal size for each method that was fixed before the first run, with a
@@ -236,6 +237,11 @@ class Federation:
             self.dataset, self.partition, clients_per_round=self.cohort, batch_size=5, collate_fn=_same
         )
 
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Return all images and labels."""
+        images, labels = self.dataset.__getitems__([SampleKey(row, 0, False) for row in range(len(self.dataset))])
+        return images, labels
+
 
 class _Timed(LightningModule):
     def __init__(self, net: nn.Module) -> None:
@@ -260,8 +266,10 @@ def _wide(width: int) -> nn.Module:
     )
 
 
-def _strategy_rounds(federation: Federation, rounds: int, **options: Any) -> float:
-    """Return CPU seconds a round, without start-up: that of a fit of more rounds less one of fewer."""
+def _strategy_rounds(
+    federation: Federation, rounds: int, clock: Callable[[], float] = time.process_time, **options: Any
+) -> float:
+    """Return seconds a round, without start-up: that of a fit of more rounds less one of fewer."""
 
     def fit(number: int) -> float:
         strategy = FedOptStrategy(lambda params: FedYogi(params, lr=0.03), **options)
@@ -276,9 +284,9 @@ def _strategy_rounds(federation: Federation, rounds: int, **options: Any) -> flo
             enable_model_summary=False,
         )
         module, loader = federation.module(), federation.loader()
-        begin = time.process_time()
+        begin = clock()
         trainer.fit(module, loader)
-        return time.process_time() - begin
+        return clock() - begin
 
     few = max(1, rounds // 5)
     return (fit(rounds + few) - fit(few)) / rounds
@@ -290,12 +298,11 @@ def _plain_rounds(federation: Federation, rounds: int) -> float:
     No data loader either: rows are taken from tensors.
     """
     net, loader = federation.module().net, federation.loader()
+    images, labels = federation.tensors()
     server = [nn.Parameter(p.detach().clone()) for p in net.parameters()]
     optimizer = FedYogi(server, lr=0.03)
     client_optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     own = [p.data for p in net.parameters()]
-    keys = [SampleKey(row, 0, False) for row in range(len(federation.dataset))]
-    images, labels = federation.dataset.__getitems__(keys)
     begin = time.process_time()
     for number in range(rounds):
         total, weight = [torch.zeros_like(p, dtype=torch.float64) for p in server], 0
@@ -359,9 +366,41 @@ def speed(repeats: int) -> dict[str, Any]:
     }
 
 
+def flower(repeats: int) -> dict[str, Any]:
+    """Ratios of wall-clock seconds a round: Flower's simulation has a process for every core, and ours has one."""
+    from flower_simulation import flower_rounds  # here, so that all else runs without the extra
+
+    torch.set_num_threads(1)
+    federation = Federation(10)
+    images, labels = federation.tensors()
+    partition = [np.asarray(rows) for rows in federation.partition]
+    arms: dict[str, Callable[[], float]] = {
+        "flower": lambda: statistics.median(
+            flower_rounds(federation.module().net, images, labels, partition, federation.cohort, 12)
+        ),
+        "strategy": lambda: _strategy_rounds(federation, 20, time.perf_counter),
+        "vectorized": lambda: _strategy_rounds(federation, 60, time.perf_counter, vectorize_clients=10),
+    }
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for number in range(repeats):
+        for arm in arms if number % 2 else reversed(list(arms)):
+            seconds[arm].append(arms[arm]())
+        print({arm: round(values[-1], 4) for arm, values in seconds.items()}, flush=True)
+    ratios = {
+        arm: [theirs / own for theirs, own in zip(seconds["flower"], seconds[arm], strict=True)]
+        for arm in ("strategy", "vectorized")
+    }
+    return {
+        "repeats": repeats,
+        "wall_seconds_a_round": {arm: statistics.median(values) for arm, values in seconds.items()},
+        "flower_over_strategy": {"median": statistics.median(ratios["strategy"]), "all": ratios["strategy"]},
+        "flower_over_vectorized": {"median": statistics.median(ratios["vectorized"]), "all": ratios["vectorized"]},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["claim", "digits", "zipf", "shakespeare", "speed"])
+    parser.add_argument("command", choices=["claim", "digits", "zipf", "shakespeare", "speed", "flower"])
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the test runs")
     parser.add_argument("--repeats", type=int, default=10, help="interleaved repeats of the speed comparison")
     args = parser.parse_args()
@@ -375,6 +414,8 @@ def main() -> None:
         save("fedopt", "shakespeare", shakespeare(min(args.seeds, 1)), packages)
     if args.command == "speed":
         save("fedopt", "speed", speed(args.repeats), packages)
+    if args.command == "flower":
+        save("fedopt", "flower", flower(min(args.repeats, 3)), ("flwr", "ray"))
 
 
 if __name__ == "__main__":
