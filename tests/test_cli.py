@@ -144,8 +144,17 @@ def test_a_checkpoint_of_a_run_in_python_is_tested_with_the_user_s_arguments(cap
 
 
 def test_a_class_of_the_working_folder_is_found(tmp_path):
-    (tmp_path / "a_project_of_mine.py").write_text("from tests.toys import ToyNet\n\nclass Mine(ToyNet):\n    pass\n")
-    main(["fit", "--config", "toy.yaml", "--model.net", "a_project_of_mine.Mine"])
+    (tmp_path / "a_project_of_mine.py").write_text(
+        "import torch\n"
+        "from tests.toys import ToyNet\n\n\n"
+        "class Mine(ToyNet):\n"
+        "    def __init__(self, own: float = 0.0) -> None:\n"
+        "        super().__init__()\n"
+        "        self.register_buffer('mark', torch.tensor(own))\n"
+    )
+    main(["fit", "--config", "toy.yaml", "--model.net", "a_project_of_mine.Mine", "--model.net.own", "2.5"])
+    checkpoint = torch.load(tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]["net.mark"] == 2.5
 
 
 def test_a_schedule_that_ends_before_the_training_is_told():

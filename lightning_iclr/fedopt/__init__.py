@@ -1,6 +1,6 @@
 """Adaptive Federated Optimization (Reddi, Charles et al., ICLR 2021)."""
 
-from lightning_iclr.fedopt.allocation import dirichlet, pachinko
+from lightning_iclr.fedopt.allocation import by_key, dirichlet, iid, pachinko, pathological
 from lightning_iclr.fedopt.callbacks import ClientUpdates, EffectiveStep, LabelMatrix, RoundCurves
 from lightning_iclr.fedopt.compression import EightBit, TopK
 from lightning_iclr.fedopt.data import FederatedDataModule
@@ -17,9 +17,9 @@ from lightning_iclr.fedopt.model import (
     ResNet18,
     StackOverflowLSTM,
     TagClassifier,
-    replace_batch_norm,
 )
 from lightning_iclr.fedopt.module import Autoencoder, Classifier, LanguageModel
+from lightning_iclr.fedopt.normalization import replace_batch_norm
 from lightning_iclr.fedopt.optim import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
 from lightning_iclr.fedopt.partition import (
     DirichletPartitioner,
@@ -27,10 +27,7 @@ from lightning_iclr.fedopt.partition import (
     KeyPartitioner,
     PachinkoPartitioner,
     PathologicalPartitioner,
-    by_key,
-    iid,
     label_matrix,
-    pathological,
 )
 from lightning_iclr.fedopt.plan import ClientTask
 from lightning_iclr.fedopt.strategy import FedOptStrategy

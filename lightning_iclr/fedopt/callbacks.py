@@ -17,7 +17,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_iclr.fedopt.evaluation import evenly_spaced
 from lightning_iclr.fedopt.loader import FederatedLoader
 from lightning_iclr.fedopt.optim import FedAdagrad, FedAdam, FedYogi
 from lightning_iclr.fedopt.partition import label_matrix
@@ -26,11 +25,11 @@ from lightning_iclr.fedopt.pictures import (
     draw_effective_step,
     draw_label_matrix,
     draw_rounds,
-    rounds_to_target,
 )
 from lightning_iclr.fedopt.plan import ClientTask
 from lightning_iclr.fedopt.server import Server
 from lightning_iclr.fedopt.strategy import FedOptStrategy
+from lightning_iclr.fedopt.summaries import evenly_spaced, rounds_to_target
 from lightning_iclr.figures import show
 from lightning_iclr.sampling import SampleKey
 

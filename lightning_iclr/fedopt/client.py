@@ -15,14 +15,15 @@ from torch.optim import Optimizer
 class ClientOptimizers:
     """Bring a module's optimizers and schedules back to where every client starts.
 
-    ClientOpt has no memory between rounds (section 2 of the paper): states, hyper-parameters and schedules that are
-    stepped within a client are those of the start of training again. A schedule that is stepped once a round keeps its
-    place, and what it set holds for all clients of the round.
+    ClientOpt has no memory between rounds (section 2 of the paper): states are those of the start of training again.
+    Hyper-parameters, and schedules that are stepped within a client, are those that the round's first client found.
+    What changes them between two rounds holds for all clients of the next, and what changes them while a client trains
+    is undone. A schedule that Lightning steps once a round keeps its place.
 
     Args:
         optimizers: The module's optimizers.
-        local_schedules: Schedules that are stepped within a client.
-        round_schedules: Whether there are schedules that are stepped once a round.
+        local_schedules: Schedules that are stepped within a client, or by the module itself.
+        round_schedules: Whether there are schedules that Lightning steps once a round.
     """
 
     def __init__(
@@ -30,31 +31,35 @@ class ClientOptimizers:
     ) -> None:
         self.optimizers, self.local_schedules = optimizers, local_schedules
         self.round_schedules = round_schedules
-        self.remember()
-
-    def remember(self) -> None:
-        """Make the present values those that clients start from."""
-        self._states = [_copy_state(optimizer.state) for optimizer in self.optimizers]
-        self._schedules = [copy.deepcopy(schedule.state_dict()) for schedule in self.local_schedules]
-        self._remember_hyperparameters()
+        self._states = [_copy_state(optimizer.state) for optimizer in optimizers]
+        self.begun = False
 
     def begin_round(self) -> None:
-        """Take what a schedule has set for the round as what its clients start from."""
-        if self.round_schedules:
-            self._remember_hyperparameters()
+        """Wait for the round's first client, until which a callback or the module may still set a rate."""
+        self.begun = False
+
+    def begin_client(self) -> None:
+        """Bring everything back, for the next client."""
+        if not self.begun:
+            self._remember()
+        self.begun = True
+        self.restore()
 
     def restore(self) -> None:
-        """Bring everything back, for the next client."""
-        self._restore_states()
-        self._restore_hyperparameters()
+        """Bring everything back, where a client has begun."""
+        if self.begun:
+            self._restore_states()
+            self._restore_hyperparameters()
 
     def end_round(self) -> None:
         """Bring everything back but what a schedule has just set for the next round."""
-        self._restore_states()
-        if not self.round_schedules:
-            self._restore_hyperparameters()
+        if self.begun:
+            self._restore_states()
+            if not self.round_schedules:
+                self._restore_hyperparameters()
 
-    def _remember_hyperparameters(self) -> None:
+    def _remember(self) -> None:
+        self._schedules = [copy.deepcopy(schedule.state_dict()) for schedule in self.local_schedules]
         self._groups = [
             [{key: _copy(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
             for optimizer in self.optimizers
@@ -116,6 +121,30 @@ class ClientStore:
         """Replace everything kept."""
         self._kept = {client: dict(values) for client, values in state.items()}
         self._changed = {}
+
+
+def add_proximal_gradient(
+    optimizer: Optimizer, parameters: Sequence[Tensor], start: Sequence[Tensor], proximal: float
+) -> None:
+    """Add the gradient mu (x - x_t) of FedProx's term mu/2 ||x - x_t||^2.
+
+    Li et al., "Federated Optimization in Heterogeneous Networks" (MLSys 2020), equation 2.
+
+    Args:
+        optimizer: One of the client's optimizers; only its parameters get it, and only those with a gradient.
+        parameters: Parameters x that are trained.
+        start: Their values x_t at the start of the round.
+        proximal: Weight mu of the term.
+    """
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    pairs = [
+        (parameter.grad, parameter.detach() - begin)
+        for parameter, begin in zip(parameters, start, strict=True)
+        if parameter.grad is not None and id(parameter) in own
+    ]
+    if pairs:
+        gradients, moved = map(list, zip(*pairs, strict=True))
+        torch._foreach_add_(gradients, moved, alpha=proximal)
 
 
 def _copy(value: Any) -> Any:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 
 from lightning_iclr.fedopt.encoders import Columns
-from lightning_iclr.fedopt.examples import FederatedExamples, Source, encode_rows, examples_of, whole_batch
+from lightning_iclr.fedopt.examples import FederatedExamples, Source, encode_rows, examples_of, rows_of, whole_batch
 from lightning_iclr.fedopt.loader import FederatedLoader
 from lightning_iclr.fedopt.tables import hold_out
 from lightning_iclr.sampling import ResumableLoader
@@ -159,6 +160,21 @@ class FederatedDataModule(LightningDataModule):
         self._tables: dict[str, Table] = {}  # what each part's rows are rows of
         self._rows: dict[str, list[np.ndarray]] = {}  # of each part by client; a part of its own has one entry
         self._sources: dict[str, tuple[Source, list[np.ndarray]]] = {}
+        self._drawn: dict[str, np.ndarray] = {}  # rows of the training part that a table drawn from it holds
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes or tags, where the encoder or the data tell; else none."""
+        names = getattr(self.encode, "class_names", None)
+        if names is None and self._tables:
+            column = getattr(self.encode, "columns", {}).get("label_column")
+            names = getattr(self._tables["train"].features.get(column), "names", None)
+        return list(names or ())
+
+    @property
+    def decode(self) -> Callable[[Tensor], list[str]] | None:
+        """What makes texts of tokens (B, L), where the encoder tells."""
+        return getattr(self.encode, "decode", None)
 
     def prepare_data(self) -> None:
         """Download or convert the data into the cache of ``datasets``; Lightning calls this once a machine."""
@@ -198,7 +214,8 @@ class FederatedDataModule(LightningDataModule):
         parts = {"train": clients}
         if self.client_split is not None:
             cut = [_cut(rows, self.client_split) for rows in clients]
-            parts = dict(zip(("train", "val", "test"), map(list, zip(*cut, strict=True)), strict=True))
+            held = zip(("train", "val", "test"), map(list, zip(*cut, strict=True)), strict=True)
+            parts = {part: rows for part, rows in held if any(map(len, rows))}
         parts["train"] = [rows[: self.max_examples_per_client] for rows in parts["train"]]
         if hasattr(self.encode, "fit"):
             used = _used(parts["train"])
@@ -237,8 +254,26 @@ class FederatedDataModule(LightningDataModule):
         return self.evaluation_loader("test")
 
     def predict_dataloader(self) -> ResumableLoader:
-        """Serve the test part, or else the validation part, with positions in place of targets."""
-        return self._loader("test" if "test" in self._rows else "val", serve_positions=True)
+        """Serve the test part, or else the validation part, with positions in place of targets; see `identify`."""
+        return self._loader(self._predicted, serve_positions=True)
+
+    def identify(self, positions: Tensor) -> dict[str, list[int]]:
+        """Return where predicted examples (N,) come from, by name.
+
+        ``row`` is the row of the split that the part was taken from; ``client`` the client that it belongs to, with
+        ``client_split``; ``example``, where a row makes several, the number of the example among them.
+        """
+        part = self._predicted
+        source, clients = self._encoded(part)
+        own = positions.numpy()
+        rows, numbers = rows_of(np.concatenate(clients)[own], source)
+        rows = self._used(part)[rows]
+        columns = {"row": self._drawn[part][rows] if part in self._drawn else rows}
+        if self.client_split is not None:
+            columns["client"] = np.repeat(np.arange(len(clients)), [len(examples) for examples in clients])[own]
+        if source.starts is not None:
+            columns["example"] = numbers
+        return {name: column.tolist() for name, column in columns.items()}
 
     def evaluation_loader(self, split: Split) -> ResumableLoader:
         """Serve a part once, in order and unaugmented.
@@ -276,11 +311,12 @@ class FederatedDataModule(LightningDataModule):
         columns = {} if self.stratify_column is None else {"stratify_column": self.stratify_column}
         check_columns(pool, columns, self._title("train"))
         kept, rows = hold_out(pool, sum(sizes.values()), self.split_seed, self.stratify_column)
-        drawn = dict.fromkeys(sizes, pool.select(rows))
+        drawn = dict.fromkeys(sizes, rows)
         if len(sizes) == 2:
-            parts = hold_out(drawn["val"], sizes["test"], self.split_seed, self.stratify_column)
-            drawn = {part: drawn[part].select(own) for part, own in zip(("val", "test"), parts, strict=True)}
-        return pool.select(kept), drawn
+            parts = hold_out(pool.select(rows), sizes["test"], self.split_seed, self.stratify_column)
+            drawn = {part: rows[own] for part, own in zip(("val", "test"), parts, strict=True)}
+        self._drawn = drawn
+        return pool.select(kept), {part: pool.select(own) for part, own in drawn.items()}
 
     def _thin(self, clients: list[np.ndarray]) -> list[np.ndarray]:
         clients = [rows[:: self.take_every] for rows in clients]
@@ -313,15 +349,24 @@ class FederatedDataModule(LightningDataModule):
         """Return what a part is encoded in, and its examples there by client."""
         self._check_part(split)
         if split not in self._sources:
-            table = self._tables[split]
-            together = [part for part, own in self._tables.items() if own is table]
-            used = _used([rows for part in together for rows in self._rows[part]])
+            table, used = self._tables[split], self._used(split)
             in_memory = getattr(self.encode, "in_memory", True) if self.in_memory is None else self.in_memory
             source = encode_rows(table, used, self.encode, in_memory)
-            for part in together:
+            for part in self._together(split):
                 own = [examples_of(np.searchsorted(used, rows), source) for rows in self._rows[part]]
                 self._sources[part] = source, own
         return self._sources[split]
+
+    def _together(self, split: str) -> list[str]:
+        """Return the parts that are rows of the same table, which are encoded together."""
+        return [part for part, own in self._tables.items() if own is self._tables[split]]
+
+    def _used(self, split: str) -> np.ndarray:
+        return _used([rows for part in self._together(split) for rows in self._rows[part]])
+
+    @property
+    def _predicted(self) -> str:
+        return "test" if "test" in self._rows else "val"
 
     def _loader(self, split: str, serve_positions: bool = False) -> ResumableLoader:
         source, clients = self._encoded(split)

@@ -8,7 +8,8 @@ that a plain function is an encoder too:
 - ``fit(table)``: returns an encoder that has learned from the training rows, such as a vocabulary;
 - ``serve(tensors, generators)``: makes a batch of encoded rows, the inputs first and the targets last, with one random
   generator a row in training where ``augments`` is true, and ``None`` otherwise;
-- ``in_memory``: false where the tensors of all rows would be too large, so that each batch is encoded by itself.
+- ``in_memory``: false where the tensors of all rows would be too large, so that each batch is encoded by itself;
+- ``class_names`` and ``decode(tokens)``: names of the classes, and texts of tokens, for files of predictions.
 
 Letters: B rows, C channels, H and W pixels. Text is in `text_encoders`.
 """

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -14,69 +11,23 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchmetrics import Metric, MetricCollection
 
+from lightning_iclr.evaluation_mode import evaluating
+from lightning_iclr.fedopt.client_log import Log, own_metrics, recording
 from lightning_iclr.fedopt.examples import FederatedExamples, whole_batch
 from lightning_iclr.fedopt.pictures import draw_client_evaluation
 from lightning_iclr.fedopt.plan import ClientTask, balance
 from lightning_iclr.fedopt.strategy import FedOptStrategy
+from lightning_iclr.fedopt.summaries import evenly_spaced, summarize_clients
 from lightning_iclr.figures import show
 from lightning_iclr.sampling import SampleKey, seed_step
 
 _LOWER_IS_BETTER = ("loss", "mse", "error", "perplexity")
-_REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mean": lambda values, sizes: (values * sizes).sum() / sizes.sum(),
-    "sum": lambda values, sizes: values.sum(),
-    "min": lambda values, sizes: values.min(),
-    "max": lambda values, sizes: values.max(),
-}
 _Rows = Sequence[np.ndarray]
-
-
-def summarize_clients(values: ArrayLike, lower_is_better: bool = False) -> dict[str, float]:
-    """Summarize one number of each client.
-
-    Args:
-        values: The number of each client (N,); NaN where it is undefined, which is left out.
-        lower_is_better: Whether the worst are the highest.
-
-    Returns:
-        ``mean``, ``std`` (over these clients, divided by N), ``p10`` and ``worst``. A tenth of the clients fare worse
-        than ``p10``: it is the 10th percentile, or the 90th where lower is better.
-
-    Examples:
-        >>> {name: round(value, 2) for name, value in summarize_clients([0.5, 0.7, 0.9]).items()}
-        {'mean': 0.7, 'std': 0.16, 'p10': 0.54, 'worst': 0.5}
-    """
-    defined = np.asarray(values, dtype=np.float64)
-    defined = defined[~np.isnan(defined)]
-    if not defined.size:
-        return dict.fromkeys(("mean", "std", "p10", "worst"), math.nan)
-    with np.errstate(invalid="ignore"):  # infinite losses have no deviation
-        return {
-            "mean": float(defined.mean()),
-            "std": float(defined.std()),
-            "p10": float(np.percentile(defined, 90 if lower_is_better else 10)),
-            "worst": float(defined.max() if lower_is_better else defined.min()),
-        }
-
-
-def evenly_spaced(count: int, most: int | None) -> list[int]:
-    """Return at most so many of the numbers from 0 to ``count - 1``, evenly spaced.
-
-    Examples:
-        >>> evenly_spaced(10, most=4)
-        [0, 3, 6, 9]
-    """
-    if most is None or count <= most:
-        return list(range(count))
-    return [round(number * (count - 1) / max(most - 1, 1)) for number in range(most)]
 
 
 class ClientEvaluation(Callback):
@@ -234,7 +185,7 @@ class ClientEvaluation(Callback):
         spare = next(iter(batches.values()))[0]
         loader = self._loader(dataset, [*rows, *([spare] * (most - len(rows)))])
         results = {}
-        with isolate_rng(), _evaluating(module), _own_metrics(module) as metrics, _recording(module) as log:
+        with isolate_rng(), evaluating(module), own_metrics(module) as metrics, recording(module) as log:
             served = iter(loader)
             with self._personal(trainer, module) as begin_client:
                 for client in own:
@@ -254,7 +205,7 @@ class ClientEvaluation(Callback):
         dist.all_gather_object(gathered, results)
         return {client: values for part in gathered for client, values in part.items()}
 
-    def _step(self, trainer: Trainer, module: LightningModule, batch: Any, number: int, log: _Log) -> None:
+    def _step(self, trainer: Trainer, module: LightningModule, batch: Any, number: int, log: Log) -> None:
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -326,120 +277,3 @@ class ClientEvaluation(Callback):
             summaries = {name: summarize_clients(own, self._falls(name)) for name, own in values.items()}
             name = "client_evaluation" if self.split == "val" else "client_evaluation_test"
             show(draw_client_evaluation(values, summaries), name, trainer)
-
-
-class _Log:
-    """Stands in for a module's ``log``, and reduces what one client logs as Lightning does at an epoch's end."""
-
-    def __init__(self) -> None:
-        self.batch: Any = None
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget all that was logged."""
-        self._metrics: dict[str, Metric] = {}
-        self._numbers: dict[str, list[Tensor]] = defaultdict(list)
-        self._sizes: dict[str, list[int]] = defaultdict(list)
-        self._reductions: dict[str, str] = {}
-
-    def __call__(
-        self,
-        name: str,
-        value: Any,
-        prog_bar: bool = False,
-        logger: bool | None = None,
-        on_step: bool | None = None,
-        on_epoch: bool | None = None,
-        reduce_fx: str | Callable[[Any], Any] = "mean",
-        *further: Any,
-        batch_size: int | None = None,
-        **options: Any,
-    ) -> None:
-        """Keep a value; the arguments are those of ``LightningModule.log``."""
-        if isinstance(value, Metric):
-            self._metrics[name] = value
-            return
-        reduction = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", str(reduce_fx))
-        reduction = "mean" if reduction == "avg" else reduction
-        if reduction not in _REDUCTIONS:
-            raise ValueError(f"{name} must be logged with reduce_fx {', '.join(_REDUCTIONS)}, got {reduction}")
-        self._numbers[name].append(torch.as_tensor(value).detach())
-        self._sizes[name].append(extract_batch_size(self.batch) if batch_size is None else batch_size)
-        self._reductions[name] = reduction
-
-    def values(self) -> dict[str, float]:
-        """Return what was logged, by name."""
-        result = {name: float(metric.compute()) for name, metric in self._metrics.items()}
-        for name, numbers in self._numbers.items():
-            values, sizes = torch.stack(numbers).cpu().double().flatten(), torch.tensor(self._sizes[name]).double()
-            result[name] = float(_REDUCTIONS[self._reductions[name]](values, sizes))
-        return result
-
-
-@contextmanager
-def _recording(module: LightningModule) -> Iterator[_Log]:
-    log = _Log()
-    module.log = log  # type: ignore[method-assign]  # log_dict calls it too
-    try:
-        yield log
-    finally:
-        del module.log
-
-
-@contextmanager
-def _own_metrics(module: nn.Module) -> Iterator[list[Metric | MetricCollection]]:
-    """Put empty metrics of this process's own in place of all of a module's."""
-    places = list(_metric_places(module))
-    memo: dict[int, Any] = {}
-    for _, _, metric in places:
-        for part in metric.modules():
-            for value in vars(part).values():
-                # What was accumulated is not worth a copy, and what hangs in a graph could not be copied.
-                for tensor in value if isinstance(value, list) else [value]:
-                    if isinstance(tensor, Tensor):
-                        memo[id(tensor)] = tensor.detach()
-    fresh = [copy.deepcopy(metric, memo) for _, _, metric in places]
-    for metric in fresh:
-        for part in metric.modules():
-            if isinstance(part, Metric):
-                part.distributed_available_fn = _alone
-        metric.reset()
-    try:
-        for (parent, name, _), metric in zip(places, fresh, strict=True):
-            parent._modules[name] = metric
-        yield fresh
-    finally:
-        for parent, name, metric in places:
-            parent._modules[name] = metric
-
-
-def _metric_places(module: nn.Module) -> Iterator[tuple[nn.Module, str, Metric | MetricCollection]]:
-    """Yield where a module's metrics are; the parts of a metric belong to it."""
-    for parent in _outside_of_metrics(module):
-        for name, child in parent._modules.items():
-            if isinstance(child, Metric | MetricCollection):
-                yield parent, name, child
-
-
-def _outside_of_metrics(module: nn.Module) -> Iterator[nn.Module]:
-    yield module
-    for child in module.children():
-        if not isinstance(child, Metric | MetricCollection):
-            yield from _outside_of_metrics(child)
-
-
-def _alone() -> bool:
-    return False
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch a module to evaluation without gradients, and back."""
-    training = {part for part in module.modules() if part.training}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in module.modules():
-            part.training = part in training

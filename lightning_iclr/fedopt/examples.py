@@ -104,6 +104,14 @@ def examples_of(rows: np.ndarray, source: Source) -> np.ndarray:
     return examples
 
 
+def rows_of(examples: np.ndarray, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row of a source that each example comes from, and its number among that row's examples."""
+    if source.starts is None:
+        return examples, np.zeros_like(examples)
+    rows: np.ndarray = np.searchsorted(source.starts, examples, side="right") - 1
+    return rows, examples - source.starts[rows]
+
+
 class FederatedExamples(Dataset[Batch]):
     """Encoded examples as a map-style dataset; ``dataset[i]`` is ``(inputs, targets)`` of one.
 

@@ -164,7 +164,7 @@ class FedOptFlower:
         fraction_evaluate: float = 0.0,
         patience: float = 60.0,
     ) -> None:
-        if strategy.compression is not None or strategy.vectorize_clients > 1:
+        if strategy.aggregator.compression is not None or strategy.vectorize_clients > 1:
             raise ValueError("compression and vectorize_clients are of the simulation only; leave them out here")
         if not 0.0 <= fraction_evaluate <= 1.0:
             raise ValueError(f"fraction_evaluate must be in [0, 1], got {fraction_evaluate}")

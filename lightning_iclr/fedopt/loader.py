@@ -34,17 +34,16 @@ from lightning_iclr.fedopt.plan import (
 )
 from lightning_iclr.sampling import SampleKey
 
-_COHORT, _DROPOUT, _ORDER = range(3)  # what a random stream is for
+_COHORT, _DROPOUT, _ORDER, _STRAGGLERS = range(4)  # what a random stream is for
 
 
 @dataclass(frozen=True)
 class Stragglers:
-    """Let clients at random run out of time: a cap on local steps for `FederatedLoader`.
+    """Let clients at random run out of time: a cap on local steps for `FederatedLoader`, whose seed says who it is.
 
     Args:
         probability: Chance of a drawn client to be a straggler in a round, in [0, 1].
         local_steps: Local steps that a straggler manages.
-        seed: Seed of who it is.
 
     Raises:
         ValueError: A number is outside its range.
@@ -56,7 +55,6 @@ class Stragglers:
 
     probability: float
     local_steps: int = 1
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.probability <= 1.0:
@@ -64,9 +62,9 @@ class Stragglers:
         if self.local_steps < 1:
             raise ValueError(f"local_steps must be at least 1, got {self.local_steps}")
 
-    def __call__(self, round_index: int, client: int) -> int | None:
+    def __call__(self, round_index: int, client: int, seed: int = 0) -> int | None:
         """Return the cap on a client's local steps in a round, or ``None``."""
-        late = np.random.default_rng((self.seed, round_index, client)).random() < self.probability
+        late = np.random.default_rng((seed, _STRAGGLERS, round_index, client)).random() < self.probability
         return self.local_steps if late else None
 
 
@@ -89,7 +87,7 @@ class FederatedLoader:
         client_dropout: Chance of a drawn client not to report, in [0, 1).
         shuffle: Whether a client's examples have a new random order in each pass.
         drop_last: Whether to leave off a client's last, smaller batch.
-        seed: Seed of cohorts, orders and dropout, and of what clients draw in training.
+        seed: Seed of cohorts, orders, dropout and stragglers, and of what clients draw in training.
         collate_fn: Makes a batch of examples; torch's default where ``None``.
         num_workers: Processes that load.
         pin_memory: Whether batches are put into pinned memory.
@@ -264,7 +262,11 @@ class FederatedLoader:
     def _task(self, index: int, client: int, position: int, accumulate: int) -> ClientTask:
         batches = self._batches_an_epoch(client)
         steps_an_epoch = math.ceil(batches / accumulate)
-        cap = self.max_local_steps(index, client) if callable(self.max_local_steps) else self.max_local_steps
+        cap = self.max_local_steps
+        if isinstance(cap, Stragglers):
+            cap = cap(index, client, self.seed)
+        elif callable(cap):
+            cap = cap(index, client)
         steps = self.local_epochs * steps_an_epoch
         if cap is not None:
             if cap < 1:

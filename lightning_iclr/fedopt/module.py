@@ -15,14 +15,41 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_iclr.fedopt.examples import PADDING
 from lightning_iclr.hyperparameters import save_hyperparameters
 
 Batch = tuple[Tensor, Tensor]
-PADDING = -100  # label of rows that only fill up a process's last batch
 TOP_K = 5  # tags that the recall looks at, as in the paper
 
 
-class Classifier(LightningModule):
+class _NetModule(LightningModule):
+    """What the three have in common: a network, its optimizer, and the schedule."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        lr_scheduler_interval: Literal["epoch", "step"],
+    ) -> None:
+        super().__init__()
+        _check_choice("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
+        save_hyperparameters(self, live=("net", "optimizer", "lr_scheduler"))  # the arguments of subclasses as well
+        self.net, self.optimizer = net, optimizer
+        self.lr_scheduler, self.lr_scheduler_interval = lr_scheduler, lr_scheduler_interval
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_scheduler_interval},
+        }
+
+
+class Classifier(_NetModule):
     """Classify with any network from inputs to logits, one class or several tags a row.
 
     The sigmoid loss of a row is the mean of its K binary cross-entropies. The paper's Stack Overflow LR sums these
@@ -63,20 +90,15 @@ class Classifier(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
-        super().__init__()
         num_classes = getattr(net, "num_classes", None) if num_classes is None else num_classes
         _check_choice("loss", loss, ("softmax", "sigmoid"))
         fewest = 2 if loss == "softmax" else 1
         if num_classes is not None and num_classes < fewest:
             raise ValueError(f"num_classes must be {fewest} or more with the {loss} loss, got {num_classes}")
         _check_choice("reduction", reduction, ("mean", "sum"))
-        _check_choice("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
-        save_hyperparameters(self, live=("net", "optimizer", "lr_scheduler"))
-        self.net = net
+        super().__init__(net, optimizer, lr_scheduler, lr_scheduler_interval)
         self.num_classes = num_classes
         self.loss_name, self.reduction = loss, reduction
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.lr_scheduler_interval = lr_scheduler_interval
         self.val_metrics, self.test_metrics = _Metrics(), _Metrics()
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -117,9 +139,6 @@ class Classifier(LightningModule):
         logits: Tensor = self(batch[0]).float()
         return logits.softmax(dim=-1) if self.loss_name == "softmax" else logits.sigmoid()
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return _optimizers(self)
-
     def _evaluate(self, batch: Batch, split: str, metrics: "_Metrics") -> None:
         inputs, targets = batch
         logits = self(inputs)
@@ -134,7 +153,7 @@ class Classifier(LightningModule):
             self.log(f"{split}/recall_at_{TOP_K}", metrics.recall, prog_bar=True)
 
 
-class LanguageModel(LightningModule):
+class LanguageModel(_NetModule):
     """Predict each next token with any network from tokens to logits.
 
     Loss and accuracy are means over tokens. Left out of both are targets of -100 and of ``padding_index``; the
@@ -171,17 +190,12 @@ class LanguageModel(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
-        super().__init__()
         if padding_index is not None and padding_index < 0:
             raise ValueError(f"padding_index must be a token, 0 or more, or None, got {padding_index}")
         if any(index < 0 for index in ignored_indices):
             raise ValueError(f"ignored_indices must be tokens, 0 or more, got {list(ignored_indices)}")
-        _check_choice("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
-        save_hyperparameters(self, live=("net", "optimizer", "lr_scheduler"))
-        self.net = net
+        super().__init__(net, optimizer, lr_scheduler, lr_scheduler_interval)
         self.padding_index, self.ignored_indices = padding_index, tuple(ignored_indices)
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.lr_scheduler_interval = lr_scheduler_interval
         self.val_metrics, self.test_metrics = _Metrics(), _Metrics()
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -216,9 +230,6 @@ class LanguageModel(LightningModule):
         logits: Tensor = self(batch[0])
         return logits.argmax(dim=-1)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return _optimizers(self)
-
     def _evaluate(self, batch: Batch, split: str, metrics: "_Metrics") -> None:
         tokens, targets = batch
         logits = self(tokens)
@@ -231,7 +242,7 @@ class LanguageModel(LightningModule):
         self.log(f"{split}/accuracy", metrics.accuracy, prog_bar=True)
 
 
-class Autoencoder(LightningModule):
+class Autoencoder(_NetModule):
     """Reconstruct inputs with any network from inputs to inputs.
 
     A batch is the inputs, alone or followed by anything; labels (B,) of -100 mark rows that do not count. A row's loss
@@ -264,14 +275,9 @@ class Autoencoder(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
-        super().__init__()
         _check_choice("reduction", reduction, ("mean", "sum"))
-        _check_choice("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
-        save_hyperparameters(self, live=("net", "optimizer", "lr_scheduler"))
-        self.net = net
+        super().__init__(net, optimizer, lr_scheduler, lr_scheduler_interval)
         self.reduction = reduction
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.lr_scheduler_interval = lr_scheduler_interval
         self.val_mse, self.test_mse = _Share(), _Share()
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -298,9 +304,6 @@ class Autoencoder(LightningModule):
         """Map a batch of inputs (B, ...) and anything else to reconstructions."""
         reconstructions: Tensor = self(_split_inputs(batch)[0])
         return reconstructions
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return _optimizers(self)
 
     def _evaluate(self, batch: Tensor | Sequence[Tensor], split: str, mse: "_Share") -> None:
         inputs, counted = _split_inputs(batch)
@@ -372,14 +375,6 @@ def _minimised(module: LightningModule, losses: Tensor, counted: Tensor, reducti
     mean = total / counted.sum().clamp(min=1)
     module.log("train/loss", mean, prog_bar=True)
     return total if reduction == "sum" else mean
-
-
-def _optimizers(module: Classifier | LanguageModel | Autoencoder) -> OptimizerLRScheduler:
-    optimizer = module.optimizer(module.parameters())
-    if module.lr_scheduler is None:
-        return optimizer
-    scheduler = module.lr_scheduler(optimizer)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": module.lr_scheduler_interval}}
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -1,13 +1,12 @@
 """Divide a data set among clients: at random, by label (as the paper does, or by shards), or by a natural key.
 
-A partition is a list with one array of row numbers (int64, ascending) a client; no row belongs to two clients. The
-functions take labels or keys as arrays; the classes of the same names take any ``datasets.Dataset``, and recipes build
-them by class path. The same seed gives the same partition with the same version of numpy.
+A partition is a list with one array of row numbers (int64, ascending) a client; no row belongs to two clients. Each
+class applies the function of its name, which takes arrays (see `lightning_iclr.fedopt.allocation`), to columns of any
+``datasets.Dataset``; recipes build it by its class path.
 """
 
 from __future__ import annotations
 
-import heapq
 import warnings
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
@@ -18,107 +17,21 @@ from numpy.typing import ArrayLike
 
 from lightning_iclr.fedopt.allocation import (
     Indices,
+    by_key,
     check_clients,
     check_concentration,
     check_size,
     dirichlet,
     encode,
+    iid,
     pachinko,
-    rows_by_code,
+    pathological,
 )
 
 if TYPE_CHECKING:  # importing datasets takes over a second
     from datasets import Dataset
 
 _PIECE = 1 << 20  # rows of a column that are read at once
-
-
-def iid(num_examples: int, num_clients: int, seed: int) -> list[Indices]:
-    """Deal all examples out at random, so that clients' sizes differ by at most one.
-
-    Args:
-        num_examples: Rows of the data set.
-        num_clients: Clients, from 1 to ``num_examples``.
-        seed: Seed of the deal.
-
-    Raises:
-        ValueError: ``num_clients`` is out of range.
-
-    Examples:
-        >>> [len(rows) for rows in iid(10, 3, seed=0)]
-        [4, 3, 3]
-    """
-    check_clients(num_clients, num_examples)
-    order = np.random.default_rng(seed).permutation(num_examples)
-    return [np.sort(rows) for rows in np.array_split(order, num_clients)]
-
-
-def by_key(values: ArrayLike, min_examples: int = 1) -> list[Indices]:
-    """Make one client of each value: natural clients, such as writers, roles or users.
-
-    Clients are in the order of their sorted values, so that their numbers do not depend on the order of the rows.
-
-    Args:
-        values: Key of each example (N,), of any kind that sorts.
-        min_examples: Size below which a client is left out, 1 or more.
-
-    Raises:
-        ValueError: ``min_examples`` is below 1, or no client is that large.
-
-    Examples:
-        >>> by_key(["Romeo", "Juliet", "Romeo"])
-        [array([1]), array([0, 2])]
-    """
-    if min_examples < 1:
-        raise ValueError(f"min_examples must be at least 1, got {min_examples}")
-    clients = rows_by_code(encode(values))
-    kept = [rows for rows in clients if len(rows) >= min_examples]
-    if not kept:
-        largest = max(len(rows) for rows in clients)
-        raise ValueError(f"min_examples must be at most the largest client's {largest} examples, got {min_examples}")
-    return kept
-
-
-def pathological(labels: ArrayLike, num_clients: int, classes_per_client: int, seed: int) -> list[Indices]:
-    """Give each client shards of ``classes_per_client`` classes at most (McMahan et al. 2017, section 3).
-
-    Each class is shuffled and cut into shards, in all ``num_clients * classes_per_client``, as equal in size as
-    classes allow; every client gets ``classes_per_client`` of them at random, which may be of the same class. All
-    examples are used. McMahan et al. cut the whole sorted data set into equal shards instead, so that a shard on the
-    border of two classes holds both; here none does, and sizes differ a little.
-
-    Args:
-        labels: Class of each example (N,), of any kind that sorts.
-        num_clients: Clients, from 1 to N.
-        classes_per_client: Shards of each client, from 1 to the number of classes.
-        seed: Seed of shards and deal.
-
-    Raises:
-        ValueError: A number is out of range, or there are fewer shards than classes or more than examples.
-
-    Examples:
-        >>> labels = np.arange(100) % 10
-        >>> max(len(set(labels[rows])) for rows in pathological(labels, num_clients=10, classes_per_client=2, seed=0))
-        2
-    """
-    codes = encode(labels)
-    check_clients(num_clients, len(codes))
-    classes = rows_by_code(codes)
-    if not 1 <= classes_per_client <= len(classes):
-        raise ValueError(
-            f"classes_per_client must be between 1 and the {len(classes)} classes, got {classes_per_client}"
-        )
-    num_shards = num_clients * classes_per_client
-    if not len(classes) <= num_shards <= len(codes):
-        raise ValueError(
-            f"num_clients * classes_per_client must be between the {len(classes)} classes and the {len(codes)} "
-            f"examples, got {num_clients} * {classes_per_client}"
-        )
-    rng = np.random.default_rng(seed)
-    cuts = _shards_by_class([len(rows) for rows in classes], num_shards)
-    shards = [s for rows, n in zip(classes, cuts, strict=True) for s in np.array_split(rng.permutation(rows), n)]
-    deal = rng.permutation(num_shards).reshape(num_clients, classes_per_client)
-    return [np.sort(np.concatenate([shards[shard] for shard in own])) for own in deal]
 
 
 def check_partition(partition: Sequence[ArrayLike], num_examples: int) -> None:
@@ -377,18 +290,6 @@ class PathologicalPartitioner:
         """Return the rows of each client."""
         labels = _column(dataset, self.label_column, "label_column")
         return pathological(labels, self.num_clients, self.classes_per_client, self.seed)
-
-
-def _shards_by_class(sizes: Sequence[int], num_shards: int) -> list[int]:
-    # One more shard each time for the class whose shards are largest, so that the largest is as small as it can be.
-    cuts = [1] * len(sizes)
-    heap = [(-float(size), label) for label, size in enumerate(sizes)]
-    heapq.heapify(heap)
-    for _ in range(num_shards - len(sizes)):
-        label = heap[0][1]
-        cuts[label] += 1
-        heapq.heapreplace(heap, (-sizes[label] / cuts[label], label))
-    return cuts
 
 
 def _column(dataset: Dataset, name: str, argument: str) -> Indices:

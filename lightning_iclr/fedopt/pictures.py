@@ -1,6 +1,6 @@
-"""Draw what happens in federated training; each function takes plain arrays and returns a matplotlib figure.
+"""Draw what happens in a run of federated training; each function takes plain arrays and returns a matplotlib figure.
 
-Letters: N clients or client updates, K classes, T rounds, S seeds. Rounds count from 1.
+Letters: N clients or client updates, K classes, T rounds. Rounds count from 1.
 """
 
 from __future__ import annotations
@@ -12,54 +12,17 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_iclr.fedopt.summaries import evenly_spaced
+
 Floats = NDArray[np.float64]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. A method has its own in every picture.
-_COLOURS = {
-    "FedAvg": "#000000",
-    "FedAvgM": "#999999",
-    "FedAdagrad": "#009E73",
-    "FedAdam": "#0072B2",
-    "FedYogi": "#D55E00",
-}
-_OTHER_COLOURS = ("#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
 _MOST_COLUMNS = 60  # of a picture over rounds
 _MOST_PANELS = 16
-
-
-def rounds_to_target(
-    values: ArrayLike, target: float, rounds: ArrayLike | None = None, window: int = 3, lower_is_better: bool = False
-) -> int | None:
-    """Return the first round at which the mean of the newest evaluations reaches a target.
-
-    Args:
-        values: One number an evaluation (T,).
-        target: Number to reach.
-        rounds: Round of each evaluation (T,); ``None`` for one after every round.
-        window: Evaluations that are averaged.
-        lower_is_better: Whether to reach means to fall to the target.
-
-    Returns:
-        The round, counted from 1, or ``None`` if it is not reached.
-
-    Examples:
-        >>> rounds_to_target([0.1, 0.8, 0.9, 0.7, 0.8, 0.9], target=0.8)
-        4
-    """
-    curve = np.asarray(values, dtype=np.float64)
-    numbers = np.arange(1, len(curve) + 1) if rounds is None else np.asarray(rounds)
-    if len(curve) < window:
-        return None
-    means = np.lib.stride_tricks.sliding_window_view(curve, window).mean(axis=1)
-    reached = means <= target + 1e-12 if lower_is_better else means >= target - 1e-12  # 0.8 as the mean of 0.8s
-    return int(numbers[window - 1 :][reached][0]) if reached.any() else None
 
 
 def draw_label_matrix(
@@ -141,7 +104,7 @@ def draw_client_updates(rounds: ArrayLike, norms: ArrayLike, cosines: ArrayLike)
     right.axhline(0, color="grey", linewidth=0.6)
     bar = figure.colorbar(meshes[1], ax=[left, right], pad=0.01, aspect=24)
     bar.set_label("share of the round's clients (%)")
-    bar.ax.yaxis.set_major_formatter(_percent)
+    bar.ax.yaxis.set_major_formatter(as_percent)
     bar.outline.set_visible(False)
     return figure
 
@@ -158,9 +121,8 @@ def draw_effective_step(steps: Mapping[str, ArrayLike]) -> Figure:
         >>> len(draw_effective_step({"net.0": [[1, 0.5, 1.0, 2.0]], "net.2": [[1, 0.1, 0.2, 0.3]]}).axes)
         2
     """
-    names = list(steps)
-    if len(names) > _MOST_PANELS:
-        names = [names[round(i * (len(names) - 1) / (_MOST_PANELS - 1))] for i in range(_MOST_PANELS)]
+    layers = list(steps)
+    names = [layers[place] for place in evenly_spaced(len(layers), _MOST_PANELS)]
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(2.6 * columns + 0.5, 2.0 * rows + 0.6), layout="constrained")
@@ -269,123 +231,6 @@ def draw_client_evaluation(
     return figure
 
 
-def draw_methods(
-    curves: Mapping[str, ArrayLike], target: float | None = None, metric: str = "accuracy", window: int = 3
-) -> Figure:
-    """Draw methods against each other over rounds: the mean over seeds, and a band from the lowest to the highest.
-
-    A dot on the target's line marks the rounds that a method needs to reach it, averaged over the seeds that do; it is
-    hollow where some do not. Each seed's number is that of `rounds_to_target`.
-
-    Args:
-        curves: One number a seed and round (S, T), by method.
-        target: Number to reach; ``None`` draws none.
-        metric: What the numbers are.
-        window: Rounds whose mean must reach the target.
-
-    Examples:
-        >>> len(draw_methods({"FedAvg": [[0.1, 0.5, 0.6]], "FedYogi": [[0.2, 0.7, 0.8]]}, target=0.5).axes)
-        1
-    """
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    axis = figure.subplots()
-    for name, colour in zip(curves, _colours(curves), strict=True):
-        seeds = np.atleast_2d(np.asarray(curves[name], dtype=np.float64))
-        number, mean = np.arange(1, seeds.shape[1] + 1), seeds.mean(axis=0)
-        label = name
-        if target is not None:
-            needed = [rounds_to_target(seed, target, window=window) for seed in seeds]
-            reached = [count for count in needed if count is not None]
-            label = f"{name}: {np.mean(reached):.0f} rounds" if reached else f"{name}: not reached"
-            if reached and len(reached) < len(needed):
-                label += f" ({len(reached)} of {len(needed)} seeds)"
-            if reached:
-                at = float(np.mean(reached))
-                axis.plot([at, at], [0, target], color=colour, linestyle=":", linewidth=1, zorder=2)
-                whole = len(reached) == len(needed)
-                edge, face = ("white", colour) if whole else (colour, "white")
-                axis.plot([at], [target], "o", color=face, markeredgecolor=edge, markersize=8, zorder=4)
-        axis.fill_between(number, seeds.min(axis=0), seeds.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-        axis.plot(number, mean, color=colour, linewidth=1.7, label=label, zorder=3)
-    lows, highs = zip(*(_limits(values) for values in curves.values()), strict=True)
-    axis.set(xlabel="round", ylabel=metric, xlim=(1, None), ylim=_margins(min(lows), max(highs)))
-    if target is not None:
-        axis.axhline(target, color="grey", linestyle="--", linewidth=1, zorder=1)
-        axis.annotate(
-            f"target {target:g}", (1, target), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-            textcoords="offset points", ha="right", va="bottom", fontsize=8, color="dimgrey",
-        )  # fmt: skip
-    axis.grid(alpha=0.3, linewidth=0.5)
-    axis.legend(loc="lower right", fontsize=9, framealpha=0.9)
-    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    return figure
-
-
-def draw_rate_maps(
-    accuracy: Mapping[str, ArrayLike],
-    client_rates: Sequence[float] | Mapping[str, Sequence[float]],
-    server_rates: Sequence[float] | Mapping[str, Sequence[float]],
-    metric: str = "accuracy",
-) -> Figure:
-    """Draw how well each method does over client and server rates, as in the paper's robustness figure.
-
-    All maps share one colour scale. Each method's best cell is framed; a grey cell's run diverged.
-
-    Args:
-        accuracy: Accuracy (client rates, server rates), NaN where a run diverged, by method.
-        client_rates: Client rates eta_l of the rows, of all methods or by method.
-        server_rates: Server rates eta of the columns, likewise.
-        metric: What the numbers are.
-
-    Examples:
-        >>> maps = {"FedAvg": [[0.1, 0.6], [0.7, 0.2]], "FedYogi": [[0.7, 0.8], [0.8, 0.7]]}
-        >>> len(draw_rate_maps(maps, client_rates=[0.01, 0.1], server_rates=[0.1, 1.0]).axes)
-        3
-    """
-    tables = {name: np.asarray(values, dtype=np.float64) for name, values in accuracy.items()}
-    rows, columns = (max(table.shape[side] for table in tables.values()) for side in (0, 1))
-    cell = float(np.clip(9.5 / (columns * len(tables)), 0.38, 0.62))
-    size = (len(tables) * (cell * columns + 0.55) + 1.3, cell * rows + 1.25)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(tables), squeeze=False)[0]
-    known = np.concatenate([table[np.isfinite(table)] for table in tables.values()])
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-    for place, (axis, (name, table)) in enumerate(zip(axes, tables.items(), strict=True)):
-        axis.set_facecolor("0.85")
-        image = axis.imshow(table, cmap="viridis", vmin=low, vmax=high, origin="lower", aspect="equal")
-        for (row, column), value in np.ndenumerate(table):
-            text = f"{100 * value:.0f}" if high <= 1 else f"{value:.3g}"
-            bright = math.isfinite(value) and _luminance(image.cmap(image.norm(value))) > 0.45
-            axis.text(
-                column, row, text if math.isfinite(value) else "\N{EN DASH}", ha="center", va="center",
-                fontsize=8 if cell > 0.45 else 7, color="black" if bright or not math.isfinite(value) else "white",
-            )  # fmt: skip
-        if np.isfinite(table).any():
-            row, column = np.unravel_index(np.nanargmax(table), table.shape)
-            frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=2.2)
-            frame.set_clip_on(False)
-            axis.add_patch(frame)
-        axis.set_title(name, fontsize=10)
-        axis.set_xticks(range(table.shape[1]), _powers(_of(server_rates, name)), fontsize=8)
-        own = _powers(_of(client_rates, name))
-        hidden = place > 0 and not isinstance(client_rates, Mapping)
-        axis.set_yticks(range(table.shape[0]), [""] * len(own) if hidden else own, fontsize=8)
-        axis.tick_params(length=0)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-    axes[0].set_ylabel(r"client rate, $\log_{10}\eta_l$")
-    figure.supxlabel(r"server rate, $\log_{10}\eta$", fontsize=10)
-    percent = " (%)" if high <= 1 else ""
-    bar = figure.colorbar(image, ax=list(axes), pad=0.015, fraction=0.046, aspect=18)
-    bar.set_label(metric + percent)
-    if high <= 1:
-        bar.ax.yaxis.set_major_formatter(_percent)
-    bar.outline.set_visible(False)
-    return figure
-
-
 def _heat_histogram(axis: Axes, rounds: NDArray[Any], values: Floats, bins: Floats) -> QuadMesh:
     """Draw a histogram for each round, or for some rounds together, as a column of shares."""
     known = np.isfinite(values)
@@ -433,33 +278,6 @@ def _floor(values: Floats) -> float:
     return math.floor(10 * float(known.min())) / 10 if known.size else 0.0
 
 
-def _limits(values: ArrayLike) -> tuple[float, float]:
-    known = np.asarray(values, dtype=np.float64)
-    return float(np.nanmin(known)), float(np.nanmax(known))
-
-
-def _margins(low: float, high: float) -> tuple[float, float]:
-    margin = 0.04 * max(high - low, 1e-3)
-    return low - margin, high + margin
-
-
-def _colours(names: Mapping[str, Any]) -> list[str]:
-    others = [name for name in names if name not in _COLOURS]
-    return [_COLOURS.get(name) or _OTHER_COLOURS[others.index(name) % len(_OTHER_COLOURS)] for name in names]
-
-
-def _of(rates: Sequence[float] | Mapping[str, Sequence[float]], method: str) -> Sequence[float]:
-    return rates[method] if isinstance(rates, Mapping) else rates
-
-
-def _powers(rates: Sequence[float]) -> list[str]:
-    return [f"{math.log10(rate):.1f}".removesuffix(".0").replace("-", "\N{MINUS SIGN}") for rate in rates]
-
-
-def _percent(value: float, place: float) -> str:
+def as_percent(value: float, place: float) -> str:
+    """Write a tick's share in percent."""
     return f"{100 * value:.0f}"
-
-
-def _luminance(colour: Any) -> float:
-    red, green, blue = to_rgb(colour)
-    return 0.299 * red + 0.587 * green + 0.114 * blue

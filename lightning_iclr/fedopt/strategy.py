@@ -2,7 +2,8 @@
 
 A round is an epoch of Lightning's. In it the strategy lets each client of the cohort start from the server's weights,
 leaves its training to the module and the Trainer, and collects what it changed; after the last client it steps the
-server optimizer along the mean, before validation and before any other callback.
+server optimizer along the mean, before validation and before any other callback. What becomes of the updates on the way
+to that mean is the `Aggregator`'s, and the weights between rounds are the `Server`'s.
 """
 
 from __future__ import annotations
@@ -21,18 +22,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_iclr.fedopt.client import ClientOptimizers, ClientStore
+from lightning_iclr.fedopt.aggregation import Aggregator, Weighting
+from lightning_iclr.fedopt.client import ClientOptimizers, ClientStore, add_proximal_gradient
 from lightning_iclr.fedopt.compression import Compressor
-from lightning_iclr.fedopt.hooks import RoundHooks, at_end_of_round, check_trainer
+from lightning_iclr.fedopt.hooks import RoundHooks, progress
 from lightning_iclr.fedopt.loader import FederatedLoader
 from lightning_iclr.fedopt.optim import FedAvg
 from lightning_iclr.fedopt.plan import ClientChunk, ClientTask, Place, Slot, StackedBatch
-from lightning_iclr.fedopt.privacy import epsilon, gaussian_noise
-from lightning_iclr.fedopt.server import Buffers, Server, UpdateSum
+from lightning_iclr.fedopt.refusals import check_initialised, check_loader, check_schedules, check_trainer
+from lightning_iclr.fedopt.server import Buffers, Server, check_buffers
 from lightning_iclr.fedopt.vectorized import VectorizedClients
 from lightning_iclr.sampling import leave_finished_epoch, seed_step
-
-_RESIDUAL = "compression residual"  # not a name that a parameter can have
 
 
 class FedOptStrategy(DDPStrategy):
@@ -42,12 +42,23 @@ class FedOptStrategy(DDPStrategy):
     who takes part and the seed. One process simulates the clients one after the other; several share the cohort and
     agree by one all-reduce a round. The result does not depend on their number.
 
+    All clients of a round start from the hyper-parameters and schedules that its first one finds: a rate set in
+    ``on_train_epoch_start`` holds for the round, and what changes while a client trains is undone. Under manual
+    optimization a module therefore steps a schedule of rounds in ``on_train_epoch_end``, and any other where it likes.
+    ReduceLROnPlateau is stepped after each round. A run with it resumes exactly from a checkpoint that is written in
+    ``on_train_epoch_end``, or by a validation that logs what it monitors, and not from one of a round's last batch.
+
+    What is trained is fixed when training starts; to freeze or unfreeze parameters later is an error. Weight averaging
+    has to update after rounds: ``EMAWeightAveraging(update_every_n_steps=0, update_starting_at_epoch=0)``, or a
+    ``WeightAveraging`` whose ``should_update`` returns ``epoch_idx is not None``. Callbacks have a round's metrics from
+    its end on, before validation; where no client counts, they keep the last value of those that are then undefined.
+
     Args:
         server_optimizer: Builds the server optimizer: `FedAvg`, `FedAvgM`, `FedAdagrad`, `FedAdam`, `FedYogi`, or any
             other.
         server_lr_scheduler: Builds the server's schedule, stepped after every round.
         weighting: Weight of a client's update in the mean: the number of its examples, the same for all, or a function
-            of its `ClientTask`.
+            of its `ClientTask`, which must not be 0 for all clients of a round.
         buffers: Whether float buffers become the clients' weighted mean or stay the server's, as in the original code.
         proximal: Weight mu of FedProx's term mu/2 ||x - x_t||^2 in each client's loss; 0 for none.
         clip_norm: Largest norm of a client's update; longer ones are shortened to it.
@@ -56,7 +67,9 @@ class FedOptStrategy(DDPStrategy):
             ``privacy``.
         compression: Compresses each client's update before it is sent, such as `TopK` or `EightBit`.
         personal: Regular expressions; parameters and buffers whose whole name matches stay with each client.
-        vectorize_clients: Clients that a process trains at once by ``torch.func``; ``None`` for one after the other.
+        vectorize_clients: Clients that a process trains at once by ``torch.func``; ``None`` for one after the other. A
+            chunk draws its random numbers together, so with dropout the draws depend on this number and on the number
+            of processes.
         aggregation_dtype: Precision in which updates are added up.
         kwargs: Further arguments of Lightning's ``DDPStrategy`` that start processes: ``start_method``, ``timeout``,
             ``process_group_backend``, ``cluster_environment``, ``checkpoint_io``, ...
@@ -76,7 +89,7 @@ class FedOptStrategy(DDPStrategy):
         self,
         server_optimizer: OptimizerCallable = FedAvg,
         server_lr_scheduler: LRSchedulerCallable | None = None,
-        weighting: Literal["examples", "uniform"] | Callable[[ClientTask], float] = "examples",
+        weighting: Weighting = "examples",
         buffers: Buffers = "mean",
         proximal: float = 0.0,
         clip_norm: float | None = None,
@@ -90,20 +103,22 @@ class FedOptStrategy(DDPStrategy):
         timeout: timedelta | None = None,
         **kwargs: Any,
     ) -> None:
-        _check(weighting, proximal, clip_norm, noise_multiplier, delta, vectorize_clients, buffers, aggregation_dtype)
+        check_buffers(buffers)
+        if not proximal >= 0.0:
+            raise ValueError(f"proximal must not be negative, got {proximal}")
+        if vectorize_clients is not None and vectorize_clients < 1:
+            raise ValueError(f"vectorize_clients must be at least 1, or None, got {vectorize_clients}")
         if timeout is not None:
             kwargs["timeout"] = timeout
         super().__init__(start_method=start_method, **kwargs)
         self.server_optimizer, self.server_lr_scheduler = server_optimizer, server_lr_scheduler
-        self.weighting, self.buffers, self.proximal = weighting, buffers, proximal
-        self.clip_norm, self.noise_multiplier, self.delta = clip_norm, noise_multiplier, delta
-        self.compression, self.personal = compression, tuple(personal)
+        self.aggregator = Aggregator(weighting, clip_norm, noise_multiplier, delta, compression, aggregation_dtype)
+        self.buffers, self.proximal, self.personal = buffers, proximal, tuple(personal)
         self.vectorize_clients = vectorize_clients or 1
-        self.aggregation_dtype = getattr(torch, aggregation_dtype)
         self.server: Server | None = None
         self.loader: FederatedLoader | None = None
         self.store = ClientStore()
-        self.update_listeners: list[Callable[[ClientTask, Tensor], None]] = []
+        self.update_listeners = self.aggregator.listeners  # a callback adds itself before training starts
         self.in_round = False
         self.round_start: dict[str, Any] = {}
         self._in_client_step = False
@@ -136,6 +151,8 @@ class FedOptStrategy(DDPStrategy):
             raise ValueError(
                 "sync_batchnorm mixes the statistics of different clients; leave it out under FedOptStrategy"
             )
+        if trainer.training:
+            check_initialised(self._module)
         Strategy.setup(self, trainer)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
@@ -148,55 +165,33 @@ class FedOptStrategy(DDPStrategy):
         check_trainer(trainer)
         super().setup_optimizers(trainer)
         module = self._module
-        intervals = {config.interval for config in self.lr_scheduler_configs}
-        if len(intervals) > 1:
-            raise ValueError(
-                "a module's schedules must all be stepped within a client (interval 'step') or all once a round "
-                "(interval 'epoch'), got both"
-            )
+        if module.automatic_optimization:
+            check_schedules(self.lr_scheduler_configs)
         if self.vectorize_clients > 1 and self.personal:
             raise ValueError("vectorize_clients trains no personal parameters; leave out one of the two")
+        if self.server is not None:  # of an earlier fit
+            self.store, self.in_round = ClientStore(), False
         self.server = Server(
-            module,
-            self.server_optimizer,
-            self.server_lr_scheduler,
-            self.buffers,
-            self.personal,
-            self.aggregation_dtype,
+            module, self.server_optimizer, self.server_lr_scheduler, self.buffers, self.personal, self.aggregator.dtype
         )
-        if self.noise_multiplier and self.server.averaged:
-            raise ValueError(
-                "noise_multiplier protects parameters only, and the module has float buffers, whose mean would leak; "
-                f"pass buffers='keep', or leave out {', '.join(self.server.averaged)}"
-            )
+        self.aggregator.check_server(self.server)
         self.vectorized = None
         if self.vectorize_clients > 1:
-            names, local = self.server.names, "step" in intervals
-            self.vectorized = VectorizedClients(module, self.optimizers, local, trainer, names)
+            names, local = self.server.names, self._local_schedules
+            self.vectorized = VectorizedClients(module, self.optimizers, bool(local), trainer, names)
+        self.hooks = RoundHooks(self, module)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        callbacks[:] = [RoundHooks(self), *(c for c in callbacks if not isinstance(c, RoundHooks))]
+        callbacks[:] = [self.hooks, *(c for c in callbacks if not isinstance(c, RoundHooks))]
 
     def process_dataloader(self, dataloader: object) -> object:
         """Connect the federated loader; refuse any other for training."""
         trainer = self._module.trainer
         if not trainer.training:
             return dataloader
-        if not isinstance(dataloader, FederatedLoader):
-            raise ValueError(
-                f"FedOptStrategy trains on one FederatedLoader, got {type(dataloader).__name__}; pass "
-                "FederatedLoader(dataset, partition, clients_per_round=..., batch_size=...)"
-            )
-        dataloader.connect(
-            Place(
-                self.global_rank,
-                self.world_size,
-                trainer.accumulate_grad_batches,
-                self.vectorize_clients,
-                lambda: self.server_round,
-            )
-        )
-        self.loader = dataloader
-        return dataloader
+        self.loader = loader = check_loader(dataloader)
+        accumulate, current_round = trainer.accumulate_grad_batches, lambda: self.server_round
+        loader.connect(Place(self.global_rank, self.world_size, accumulate, self.vectorize_clients, current_round))
+        return loader
 
     # The Trainer's own hooks.
 
@@ -250,10 +245,11 @@ class FedOptStrategy(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint of the newest finished round; in the middle of a round, of the round's start."""
         if self.server is not None and "optimizer_states" in checkpoint:
-            state = self.round_start if self.in_round else self.progress()
+            state = self.round_start if self.in_round else progress(self._module.trainer)
             checkpoint.update({key: value for key, value in state.items() if key != "fit_loop"})
             checkpoint["loops"]["fit_loop"] = state["fit_loop"]
-            checkpoint["fedopt"] = {**self.server.state_dict(), "clients": self.store.state_dict()}
+            due = self.hooks.due_values(self._module.trainer)
+            checkpoint["fedopt"] = {**self.server.state_dict(), "clients": self.store.state_dict(), "due": due}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -267,20 +263,14 @@ class FedOptStrategy(DDPStrategy):
         assert self.server is not None
         self.server.load_state_dict(checkpoint["fedopt"])
         self.store.load_state_dict(checkpoint["fedopt"]["clients"])
+        self.hooks.due = checkpoint["fedopt"].get("due", {})
         leave_finished_epoch(self._module.trainer)
 
     def on_train_start(self) -> None:
-        """Remember what every client starts from, now that a checkpoint has been restored."""
-        local = [config.scheduler for config in self.lr_scheduler_configs if config.interval == "step"]
+        """Get ready for rounds, now that a checkpoint has been restored."""
+        local = self._local_schedules
         self.clients = ClientOptimizers(self.optimizers, local, len(local) < len(self.lr_scheduler_configs))
-        self.sum = UpdateSum(
-            self._server.num_parameters,
-            self._server.size,
-            self._loader.clients_per_round,
-            self.aggregation_dtype,
-            self.root_device,
-            self.clip_norm,
-        )
+        self.aggregator.start(self._server, self._loader, self.store, self.root_device)
         # The slots that align accumulation with clients are empty on purpose.
         self._module.trainer.fit_loop.epoch_loop._warning_cache.add(
             "train_dataloader yielded None. If this was on purpose, ignore this warning..."
@@ -296,7 +286,7 @@ class FedOptStrategy(DDPStrategy):
     def begin_round(self) -> None:
         """Make the round's plan and clear its sums."""
         loader, server = self._loader, self._server
-        self.round_start = self.progress()
+        self.round_start = progress(self._module.trainer)
         self.in_round = True
         if self.vectorized is None:
             self.slots: list[Slot] = loader.slots(server.round)
@@ -305,7 +295,7 @@ class FedOptStrategy(DDPStrategy):
         server.load_into_module()
         self.start = server.flatten_module()
         self.start_parameters = [part.clone() for part in server.of_module] if self.proximal else []
-        self.sum.reset()
+        self.aggregator.begin_round()
 
     def begin_client(self, task: ClientTask) -> None:
         """Give the module the server's weights, or the client's own, and fresh optimizers."""
@@ -315,7 +305,7 @@ class FedOptStrategy(DDPStrategy):
         for name, tensor in self._server.personal.items():
             if name in kept:
                 tensor.copy_(kept[name])
-        self.clients.restore()
+        self.clients.begin_client()
 
     def end_client(self, task: ClientTask) -> None:
         """Collect what a client changed."""
@@ -323,61 +313,36 @@ class FedOptStrategy(DDPStrategy):
             return
         update = self._server.flatten_module().sub_(self.start)
         loss = torch.stack(self.losses).mean() if self.losses else torch.full((), torch.nan, device=update.device)
+        self._keep_personal(task, update)
         self.collect([task], update[None], loss[None])
-        self.store.write(task.client, self._server.personal)
+
+    def _keep_personal(self, task: ClientTask, update: Tensor) -> None:
+        own = self._server.personal
+        if not own:
+            return
+        sound = torch.isfinite(update).all()  # else the server leaves the client out, and so does its memory
+        for tensor in own.values():
+            sound &= torch.isfinite(tensor).all()
+        before = {**self._server.personal_start, **self.store.read(task.client)}
+        self.store.write(task.client, {name: torch.where(sound, t, before[name].to(t)) for name, t in own.items()})
 
     def collect(self, tasks: Sequence[ClientTask], updates: Tensor, losses: Tensor) -> None:
-        """Compress, weigh and add the updates (C, P + B) and losses (C,) of clients."""
-        for task, update in zip(tasks, updates, strict=True):
-            if self.compression is not None:
-                self._compress(self.compression, task, update[: self._server.num_parameters])
-            for listener in self.update_listeners:
-                listener(task, update)
-        examples, positions = [task.num_examples for task in tasks], [task.position for task in tasks]
-        self.sum.add(updates, [self._weigh(task) for task in tasks], examples, losses.detach(), positions)
-
-    def _compress(self, compression: Compressor, task: ClientTask, update: Tensor) -> None:
-        """Replace an update (P,) by what its client sends; what is left over it adds the next time."""
-        kept = self.store.read(task.client).get(_RESIDUAL, torch.zeros(())).to(update)
-        wanted = update + kept
-        sent = compression(wanted, [p.numel() for p in self._server.parameters])
-        sound = torch.isfinite(wanted).all()  # else the server leaves the client out, and so does its memory
-        self.store.write(task.client, {_RESIDUAL: torch.where(sound, wanted - sent, kept)})
-        update.copy_(torch.where(sound, sent, wanted))
-
-    def _weigh(self, task: ClientTask) -> float:
-        if not callable(self.weighting):
-            return float(task.num_examples) if self.weighting == "examples" else 1.0
-        weight = self.weighting(task)
-        if not weight >= 0.0:
-            raise ValueError(f"weighting must give a number of 0 or more, got {weight} for client {task.client}")
-        return weight
+        """Hand over the updates (C, P + B) and losses (C,) of clients, which are trained."""
+        self.aggregator.add(tasks, updates, losses)
 
     def end_round(self) -> None:
-        """Agree on the sum of updates and step the server optimizer."""
-        server = self._server
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.sum.vector)
-        if self.compression is not None or self.personal:
+        """Step the server along the mean of all processes' updates."""
+        server, aggregator = self._server, self.aggregator
+        if aggregator.compression is not None or self.personal:  # else nobody has written to the store
             self.store.exchange()
-        noise = None
-        if self.noise_multiplier:
-            assert self.clip_norm is not None
-            std, place = self.noise_multiplier * self.clip_norm, (self._loader.seed, server.round)
-            noise = lambda size: gaussian_noise(size, std, *place)  # noqa: E731
         skipped = server.skipped_rounds
-        self.round_metrics = server.finish_round(self.sum.read(), noise)
+        self.round_metrics = aggregator.finish_round()
+        self.round_norms, self.mean_update = aggregator.norms, aggregator.mean_update
         if server.skipped_rounds > skipped:
             rank_zero_warn(
                 f"round {server.round - 1} leaves the server as it was: no client's update counted, or their mean is "
                 "not finite"
             )
-        if self.delta is not None:
-            rate = self._loader.clients_per_round / self._loader.num_clients
-            spent = epsilon(self.noise_multiplier, rate, server.round - server.skipped_rounds, self.delta)
-            self.round_metrics["epsilon"] = torch.tensor(spent, dtype=self.aggregation_dtype)
-        total = self.sum.read()
-        self.round_norms, self.mean_update = total.norms.clone(), total.delta / total.weight
         server.load_into_module()
         self.clients.end_round()
         self.in_round = False
@@ -389,30 +354,8 @@ class FedOptStrategy(DDPStrategy):
         self.store.forget_changes()
 
     def add_proximal_gradient(self, optimizer: Optimizer) -> None:
-        """Add the gradient mu (x - x_t) of FedProx's term for the parameters of one optimizer.
-
-        Li et al., "Federated Optimization in Heterogeneous Networks" (MLSys 2020), equation 2.
-        """
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        pairs = [
-            (parameter.grad, parameter.detach() - start)
-            for parameter, start in zip(self._server.module_parameters, self.start_parameters, strict=True)
-            if parameter.grad is not None and id(parameter) in own
-        ]
-        if pairs:
-            gradients, moved = map(list, zip(*pairs, strict=True))
-            torch._foreach_add_(gradients, moved, alpha=self.proximal)
-
-    def progress(self) -> dict[str, Any]:
-        """Return how far training has come, as a checkpoint states it at the end of a round."""
-        trainer = self._module.trainer
-        return {
-            "epoch": trainer.current_epoch,
-            "global_step": trainer.global_step,
-            "fit_loop": at_end_of_round(trainer),
-            "lr_schedulers": [config.scheduler.state_dict() for config in self.lr_scheduler_configs],
-            "optimizer_states": [self.optimizer_state(optimizer) for optimizer in self.optimizers],
-        }
+        """Add the gradient of FedProx's term for the parameters of one of the client's optimizers."""
+        add_proximal_gradient(optimizer, self._server.module_parameters, self.start_parameters, self.proximal)
 
     def _train_chunk(self, chunk: ClientChunk) -> Tensor:
         assert self.vectorized is not None
@@ -425,6 +368,11 @@ class FedOptStrategy(DDPStrategy):
                 updates[:, : self._server.num_parameters] = parameters - self.start[: self._server.num_parameters]
                 self.collect(tasks, updates, losses)
         return torch.cat(means).mean()
+
+    @property
+    def _local_schedules(self) -> list[Any]:
+        manual = not self._module.automatic_optimization  # the module then steps its schedules, whatever the interval
+        return [config.scheduler for config in self.lr_scheduler_configs if manual or config.interval == "step"]
 
     @property
     def _module(self) -> LightningModule:
@@ -440,38 +388,6 @@ class FedOptStrategy(DDPStrategy):
     def _loader(self) -> FederatedLoader:
         assert self.loader is not None
         return self.loader
-
-
-def _check(
-    weighting: Any,
-    proximal: float,
-    clip_norm: float | None,
-    noise_multiplier: float,
-    delta: float | None,
-    vectorize_clients: int | None,
-    buffers: str,
-    aggregation_dtype: str,
-) -> None:
-    if weighting not in ("examples", "uniform") and not callable(weighting):
-        raise ValueError(f"weighting must be 'examples', 'uniform' or a function of a ClientTask, got {weighting!r}")
-    if buffers not in ("mean", "keep"):
-        raise ValueError(f"buffers must be 'mean' or 'keep', got {buffers!r}")
-    if aggregation_dtype not in ("float32", "float64"):
-        raise ValueError(f"aggregation_dtype must be 'float32' or 'float64', got {aggregation_dtype!r}")
-    for name, value in (("proximal", proximal), ("noise_multiplier", noise_multiplier)):
-        if not value >= 0.0:
-            raise ValueError(f"{name} must not be negative, got {value}")
-    if clip_norm is not None and not clip_norm > 0.0:
-        raise ValueError(f"clip_norm must be positive, or None for no clipping, got {clip_norm}")
-    if noise_multiplier and (clip_norm is None or weighting != "uniform"):
-        raise ValueError(
-            "noise_multiplier needs clip_norm and weighting='uniform', which bound one client's part in the sum; got "
-            f"{clip_norm} and {weighting!r}"
-        )
-    if delta is not None and not (0.0 < delta < 1.0 and noise_multiplier):
-        raise ValueError(f"delta must be in (0, 1) and needs a noise_multiplier, got {delta} and {noise_multiplier}")
-    if vectorize_clients is not None and vectorize_clients < 1:
-        raise ValueError(f"vectorize_clients must be at least 1, or None, got {vectorize_clients}")
 
 
 StrategyRegistry.register(

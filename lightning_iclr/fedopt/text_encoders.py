@@ -125,6 +125,16 @@ class CharacterEncoder:
         """Return inputs (B, L) and the same one character later (B, L)."""
         return _shifted(tensors[0])
 
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Return the texts of signs (B, L), a character for each; pictures stand for padding, other, start and end.
+
+        Examples:
+            >>> CharacterEncoder(vocabulary="abc").decode(torch.tensor([[5, 1, 4, 3, 6, 0]]))
+            ['␂a␦c␃␀']
+        """
+        signs = dict(enumerate(f"␀{self.vocabulary}␦␂␃"))
+        return ["".join(signs.get(sign, "␦") for sign in row) for row in tokens.tolist()]
+
 
 @dataclass(frozen=True)
 class WordEncoder:
@@ -197,6 +207,17 @@ class WordEncoder:
         """Return inputs (B, L) and the same one word later (B, L)."""
         return _shifted(tensors[0])
 
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Return the sentences of word numbers (B, L), with signs such as ``<end>`` for what is no word.
+
+        Examples:
+            >>> WordEncoder(vocabulary=("how", "to")).decode(torch.tensor([[4, 1, 2, 3, 5, 0]]))
+            ['<start> how to <other> <end> <padding>']
+        """
+        signs = dict(enumerate(["<padding>", *self._numbers, "<other>", "<start>", "<end>"]))
+        # A network may have outputs for more words than the data have.
+        return [" ".join(signs.get(sign, "<other>") for sign in row) for row in tokens.tolist()]
+
 
 @dataclass(frozen=True)
 class TagEncoder:
@@ -258,6 +279,12 @@ class TagEncoder:
             vocabulary=_vocabulary(self.vocabulary, self.vocabulary_size, table, *texts),
             tags=_vocabulary(self.tags, self.num_tags, table, self.tags_column, separator="|"),
         )
+
+    @property
+    def class_names(self) -> list[str]:
+        """The tags, and a number for each that the data lack; known after `fit`."""
+        tags = list(self._numbers[1])
+        return tags + [str(place) for place in range(len(tags), self.num_tags)]
 
     @cached_property
     def _numbers(self) -> tuple[dict[str, int], dict[str, int]]:

@@ -10,20 +10,26 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torchmetrics import Metric
 
+from lightning_iclr.fedopt.client_log import reduction
 from lightning_iclr.fedopt.plan import ClientChunk, ClientTask, StackedBatch
 
+_Logs = dict[str, list[tuple[Tensor, int]]]  # values of clients (n,), and the size of the batch that each is of
+_LOG = inspect.signature(LightningModule.log)
 _ELEMENTWISE = (SGD, Adam, AdamW, Adagrad, RMSprop)
 _HOOKS = (
     "backward",
@@ -38,6 +44,13 @@ _HOOKS = (
 
 class VectorizedClients:
     """Run a module's training step for many clients at once, each with weights of its own.
+
+    A chunk of clients draws its random numbers together. What one draws, such as its dropout masks, is independent of
+    what the others draw, but depends on who is in the chunk: on ``vectorize_clients`` and on the number of processes.
+
+    What the step logs becomes one value a chunk, reduced over its clients and local steps as Lightning reduces batches,
+    so that an epoch's value is that of clients trained one after the other. On several processes copies of clients that
+    only keep a process busy log as well, either way.
 
     Args:
         module: The module; its training step must run under ``torch.func.vmap``: no decision on values, no change of
@@ -64,10 +77,13 @@ class VectorizedClients:
         if reason is not None:
             raise ValueError(f"vectorize_clients cannot train {type(module).__name__}: {reason}; leave it out")
         self.optimizer = optimizers[0]
-        self.takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
+        self.takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self._step = _TrainingStep(module)
         everything = dict(module.named_parameters())
-        self.parameters = {f"module.{name}": everything[name] for name in names}
+        self.parameters = {name: everything[name] for name in names}
+        known = {id(parameter): name for name, parameter in self.parameters.items()}
+        held = [(place, known.get(id(parameter))) for place, parameter in self._step.places("named_parameters")]
+        self._places = {place: name for place, name in held if name is not None}
         self._stacks: dict[int, tuple[dict[str, Tensor], Optimizer]] = {}
 
     def train(
@@ -87,7 +103,7 @@ class VectorizedClients:
         stack, optimizer = self._start(len(tasks))
         begin = {name: parameter.detach() for name, parameter in self.parameters.items()}
         losses = torch.zeros(len(tasks), device=self.module.device)
-        logs: dict[str, list[Tensor]] = defaultdict(list)
+        logs: _Logs = defaultdict(list)
         for step, batches in enumerate(steps):
             optimizer.zero_grad()
             for stacked in batches:
@@ -104,10 +120,7 @@ class VectorizedClients:
                 rows = self._rows(done, len(tasks))
                 flat = torch.cat([tensor.detach()[rows].flatten(1) for tensor in stack.values()], dim=1)
                 yield [tasks[place] for place in done], flat, losses[rows] / (step + 1)
-        examples = sum(task.num_examples for task in tasks)
-        for name, values in logs.items():
-            options = {**self._step.log_options[name], "batch_size": max(examples, 1)}
-            self.module.log(name, torch.cat(values).mean(), **options)
+        self._step.log(logs)
 
     def _start(self, clients: int) -> tuple[dict[str, Tensor], Optimizer]:
         """Return one copy of the parameters a client, and an optimizer like the module's over them."""
@@ -145,13 +158,14 @@ class VectorizedClients:
         stacked: StackedBatch,
         batch_idx: int,
         losses: Tensor,
-        logs: dict[str, list[Tensor]],
+        logs: _Logs,
     ) -> None:
         """Add the gradients of clients whose batches have the same shape."""
         places, batch = stacked
         rows = self._rows(places, len(losses))
         weights = stack if isinstance(rows, slice) else {name: tensor[rows] for name, tensor in stack.items()}
-        with self._step.recording(), self.trainer.precision_plugin.train_step_context():
+        context = self.trainer.precision_plugin.train_step_context
+        with self._step.recording(), context(), _attention(self.module.device):
             function = vmap(self._loss, in_dims=(0, 0, None), randomness="different")
             try:
                 loss, logged = function(weights, batch, batch_idx)
@@ -165,7 +179,7 @@ class VectorizedClients:
         torch.autograd.backward(loss.sum())
         losses[rows] += loss.detach()
         for name, value in logged.items():
-            logs[name].append(value.detach().flatten())
+            logs[name].append((value.detach().flatten(), self._step.batch_sizes[name]))
 
     def _rows(self, places: list[int], clients: int) -> slice | Tensor:
         if len(places) == clients:
@@ -174,7 +188,14 @@ class VectorizedClients:
 
     def _loss(self, weights: Mapping[str, Tensor], batch: Any, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
         arguments = (batch, batch_idx) if self.takes_index else (batch,)
-        out = functional_call(self._step, dict(weights), arguments)
+        buffers = dict(self._step.places("named_buffers"))
+        versions = [buffer._version for buffer in buffers.values()]
+        # In this functional_call tells what the step has replaced. Its own tying loses weights of shared submodules.
+        state = {place: weights[name] for place, name in self._places.items()} | buffers
+        out = functional_call(self._step, state, arguments, tie_weights=False)
+        for (place, buffer), version in zip(buffers.items(), versions, strict=True):
+            if state[place] is not buffer or buffer._version != version:
+                raise RuntimeError(f"it changes the buffer {place.removeprefix('module.')!r}, which all clients share")
         loss: Tensor = out["loss"] if isinstance(out, Mapping) else out
         return loss, dict(self._step.logged)
 
@@ -193,6 +214,11 @@ class VectorizedClients:
             gradient.mul_(scale.view(-1, *([1] * (gradient.ndim - 1))))
 
 
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    # On a CPU torch cannot vectorise its fused attention: it would call it in a loop, and warn.
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
 class _TrainingStep(nn.Module):
     """A module whose forward is another's training step, and which keeps what that logs."""
 
@@ -201,29 +227,47 @@ class _TrainingStep(nn.Module):
         self.module = module
         self.logged: dict[str, Tensor] = {}
         self.log_options: dict[str, dict[str, Any]] = {}
+        self.batch_sizes: dict[str, int] = {}
 
-    def forward(self, *args: Any) -> Any:
-        self.logged = {}
-        return self.module.training_step(*args)
+    def forward(self, batch: Any, *index: int) -> Any:
+        self.logged, self.batch = {}, batch
+        return self.module.training_step(batch, *index)
+
+    def places(self, kind: Literal["named_parameters", "named_buffers"]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of one kind, one that is held in several places several times."""
+        for path, part in self.named_modules():
+            yield from getattr(part, kind)(path, recurse=False, remove_duplicate=False)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         own = vars(self.module)  # not by setattr, which searches a module's parameters and buffers first
-        own["log"], own["log_dict"] = self._log, self._log_dict
+        own["log"] = self._keep  # log_dict calls it too
         try:
             yield
         finally:
-            del own["log"], own["log_dict"]
+            del own["log"]
 
-    def _log(self, name: str, value: Any, **options: Any) -> None:
+    def log(self, logs: _Logs) -> None:
+        """Log what all steps of a chunk have logged."""
+        for name, parts in logs.items():
+            options = self.log_options[name]
+            values = torch.cat([part for part, _ in parts])
+            values = values.to(torch.promote_types(values.dtype, torch.float32))  # as Lightning adds them up
+            sizes = torch.cat([torch.full_like(part, size, dtype=values.dtype) for part, size in parts])
+            value = reduction(name, options["reduce_fx"])(values, sizes)
+            self.module.log(name, value, batch_size=sum(len(part) * size for part, size in parts), **options)
+
+    def _keep(self, *args: Any, **kwargs: Any) -> None:
+        call = _LOG.bind(self.module, *args, **kwargs)
+        call.apply_defaults()
+        _, name, value, *_ = call.args
         if isinstance(value, Metric):
             raise RuntimeError(f"it logs the metric {name!r}, whose state would mix the clients")
         self.logged[name] = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float32).detach()
-        self.log_options[name] = {**options, "sync_dist": False}
-
-    def _log_dict(self, values: Mapping[str, Any], **options: Any) -> None:
-        for name, value in values.items():
-            self._log(name, value, **options)
+        options = {key: option for key, option in call.arguments.items() if key not in ("self", "name", "value")}
+        size = options.pop("batch_size")
+        self.batch_sizes[name] = extract_batch_size(self.batch) if size is None else size
+        self.log_options[name] = options
 
 
 def _ineligible(

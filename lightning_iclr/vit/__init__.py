@@ -1,5 +1,6 @@
 """The Vision Transformer: "An Image is Worth 16x16 Words" (Dosovitskiy et al., ICLR 2021)."""
 
+from lightning_iclr.prediction import PredictionWriter
 from lightning_iclr.vit.affine import affine, random_affine
 from lightning_iclr.vit.analysis import (
     attention_distance,
@@ -20,7 +21,7 @@ from lightning_iclr.vit.callbacks import (
 from lightning_iclr.vit.checkpoint import load_official, load_pretrained
 from lightning_iclr.vit.conversion import convert_state_dict, to_hf, to_official, to_timm
 from lightning_iclr.vit.data import DigitsDataModule, MNIST5kDataModule
-from lightning_iclr.vit.evaluation import FewShotEvaluation, PredictionWriter
+from lightning_iclr.vit.evaluation import FewShotEvaluation
 from lightning_iclr.vit.fewshot import FewShotLeastSquares
 from lightning_iclr.vit.image_data import ImageDataModule
 from lightning_iclr.vit.mixing import cutmix, mixup

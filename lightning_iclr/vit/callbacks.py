@@ -6,19 +6,19 @@ without what a callback draws trains without that picture, and a warning says so
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_iclr.evaluation_mode import evaluating as evaluating
 from lightning_iclr.figures import show
+from lightning_iclr.prediction import class_names
 from lightning_iclr.vit.analysis import (
     attention_distance,
     attention_maps,
@@ -302,19 +302,6 @@ class TrainingCurves(Callback):
         self.curves.setdefault(name, []).append((step, value))
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch a module to evaluation without gradients, and back."""
-    training = {part for part in module.modules() if part.training}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in module.modules():
-            part.training = part in training
-
-
 def vision_transformer(module: LightningModule) -> VisionTransformer:
     """Return a module's network.
 
@@ -368,12 +355,6 @@ def evaluation_loader(trainer: Trainer, split: str) -> Any:
     if loaders is None:
         raise ValueError(f"there are no images of the {split} split: use a data module with evaluation_loader(split)")
     return loaders[0] if isinstance(loaders, list) else loaders
-
-
-def class_names(trainer: Trainer, num_classes: int) -> list[str]:
-    """Return the data module's names of the classes, or their numbers."""
-    names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
-    return list(names) if names and len(names) == num_classes else [str(label) for label in range(num_classes)]
 
 
 def _to_unit_range(images: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -146,9 +146,9 @@ class _EmbeddedDataModule(LightningDataModule):
             raise ValueError(f"split must be one of {', '.join(self.splits)}; got {split!r}")
         return self._loader(self.splits[split])
 
-    def names(self, rows: Iterable[int] | Tensor) -> list[str]:
+    def identify(self, rows: Tensor) -> dict[str, list[str]]:
         """Name predicted images by their row in the whole set."""
-        return [str(int(row)) for row in rows]
+        return {"image": [str(row) for row in rows.tolist()]}
 
     def _loader(self, dataset: _Pixels, shuffle: bool = False, trainer: Any = None) -> ResumableLoader:
         return ResumableLoader(

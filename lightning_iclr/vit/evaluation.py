@@ -1,21 +1,17 @@
-"""What happens around training besides pictures: few-shot accuracy and predictions.csv."""
+"""What happens around training besides pictures: few-shot accuracy."""
 
-import csv
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_iclr.prediction import from_all_ranks
 from lightning_iclr.sampling import ResumableLoader, SampleKey
-from lightning_iclr.vit.callbacks import at_least_one, class_names, evaluating, evaluation_loader, vision_transformer
+from lightning_iclr.vit.callbacks import at_least_one, evaluating, evaluation_loader, vision_transformer
 from lightning_iclr.vit.fewshot import FewShotLeastSquares, few_shot_rows
 from lightning_iclr.vit.model import VisionTransformer
 from lightning_iclr.vit.module import MaskedPatchPretraining
@@ -96,74 +92,8 @@ class FewShotEvaluation(Callback):
         net = module.net if isinstance(module, MaskedPatchPretraining) else vision_transformer(module)
         dtype = next(module.parameters()).dtype
         parts = [_represent(module, net, batch[0].to(module.device, dtype)) for batch in batches]
-        gathered = _from_all_ranks(torch.cat(parts)).transpose(0, 1).flatten(0, 1)
+        gathered = from_all_ranks(torch.cat(parts)).transpose(0, 1).flatten(0, 1)
         return gathered[: len(rows)].double().cpu()
-
-
-class PredictionWriter(Callback):
-    """Write what ``predict`` finds to ``predictions.csv`` in the run folder.
-
-    A classifier's rows are ``image,label,probability`` with the likeliest class; those of `MaskedPatchPretraining` are
-    ``image`` and the representation's ``feature_0``, ``feature_1``, ... ``image`` is the file or, where the data know
-    none, the row. Rows are in the data's order, on any number of processes. Loaders of other sources than our data
-    modules serve images first; their rows are counted, and whatever comes second is not looked at.
-    """
-
-    def __init__(self) -> None:
-        self._rows: list[Tensor] = []
-        self._values: list[Tensor] = []
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rows, self._values = [], []
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if not isinstance(pl_module, MaskedPatchPretraining):
-            probability, label = outputs.float().max(dim=1)
-            outputs = torch.stack([label.float(), probability], dim=1)
-        # Batches of our data modules bring their rows; others' are dealt out to the processes in turn.
-        before = sum(map(len, self._rows))
-        counted = torch.arange(before, before + len(outputs), device=outputs.device) * trainer.world_size
-        self._rows.append(batch[1] if _names(trainer) else counted + trainer.global_rank)
-        self._values.append(outputs.float())
-
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows, values = torch.cat(self._rows), torch.cat(self._values)
-        lacking = int(_from_all_ranks(rows.new_tensor(len(rows))).max()) - len(rows)
-        rows, values = F.pad(rows, (0, lacking), value=-1), F.pad(values, (0, 0, 0, lacking))
-        rows, values = (_from_all_ranks(part).flatten(0, 1).cpu() for part in (rows, values))
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if not trainer.is_global_zero:
-            return
-        order = rows.argsort()
-        order = order[rows[order] >= 0]  # negative ones only fill up a process's last batch
-        rows, values = rows[order], values[order]
-        named = _names(trainer)
-        names = named(rows) if named else [str(row) for row in rows.tolist()]
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "predictions.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if isinstance(pl_module, MaskedPatchPretraining):
-                writer.writerow(["image", *(f"feature_{i}" for i in range(values.shape[1]))])
-                writer.writerows(
-                    [name, *(f"{v:.6g}" for v in row)] for name, row in zip(names, values.tolist(), strict=True)
-                )
-            else:
-                classes = class_names(trainer, int(pl_module.num_classes))  # type: ignore[arg-type]
-                writer.writerow(["image", "label", "probability"])
-                writer.writerows(
-                    (name, classes[int(label)], f"{probability:.6f}")
-                    for name, (label, probability) in zip(names, values.tolist(), strict=True)
-                )
-        rank_zero_info(f"{len(names)} predictions are in {path}")
 
 
 class _Rows(Dataset[Any]):
@@ -181,10 +111,6 @@ class _Rows(Dataset[Any]):
         return together(keys) if together is not None else [self.dataset[key] for key in keys]
 
 
-def _names(trainer: Trainer) -> Callable[[Tensor], list[str]] | None:
-    return getattr(getattr(trainer, "datamodule", None), "names", None)
-
-
 def _represent(module: LightningModule, net: nn.Module, images: Tensor) -> Tensor:
     if isinstance(module, MaskedPatchPretraining):
         return cast(Tensor, module(images))
@@ -196,12 +122,3 @@ def _targets(loader: ResumableLoader) -> Tensor:
     if not isinstance(targets, Tensor):
         raise ValueError("few-shot evaluation needs a dataset with its labels as `targets` (N,)")
     return targets
-
-
-def _from_all_ranks(tensor: Tensor) -> Tensor:
-    """Stack the tensors of all ranks, equal in shape, on a first dimension."""
-    if not dist.is_available() or not dist.is_initialized():
-        return tensor.unsqueeze(0)
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.stack(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -238,7 +238,7 @@ class ImageDataModule(LightningDataModule):
         return self.evaluation_loader("test")
 
     def predict_dataloader(self) -> ResumableLoader:
-        """Serve the images to predict with their rows, which `names` turns into file names."""
+        """Serve the images to predict with their rows, which `identify` turns into file names."""
         table, numbers = self.splits["predict"]
         return self._loader(self._rows("predict", table, numbers, self.evaluation_transform, padding=-1), target="rows")
 
@@ -256,10 +256,10 @@ class ImageDataModule(LightningDataModule):
         table, labels = self.splits[split]
         return self._loader(self._rows(split, table, labels, self.evaluation_transform, padding=PADDING))
 
-    def names(self, rows: Iterable[int] | Tensor) -> list[str]:
+    def identify(self, rows: Tensor) -> dict[str, list[str]]:
         """Name predicted images by their file, or by their row where the data know none."""
         table = self.splits["predict"][0]
-        return [self._name(table, int(row)) for row in rows]
+        return {"image": [self._name(table, row) for row in rows.tolist()]}
 
     def _name(self, table: Table, row: int) -> str:
         image = table[row][self.image_column]

@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_iclr.hyperparameters import save_hyperparameters
+from lightning_iclr.prediction import class_names
 from lightning_iclr.sampling import seed_step, step_generator
 from lightning_iclr.sharding import shard_blocks
 from lightning_iclr.vit.checkpoint import load_pretrained
@@ -188,8 +189,7 @@ class ViTClassifier(LightningModule):
         self.log(f"{split}/accuracy", evaluation.accuracy, prog_bar=True)
 
     def _log_per_class(self, split: str, evaluation: "_Evaluation") -> None:
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        names = names if names and len(names) == self.num_classes else [str(k) for k in range(self.num_classes)]
+        names = class_names(self.trainer, self.num_classes)
         scores = evaluation.per_class.compute()
         evaluation.per_class.reset()
         # The metric has already been summed over the processes; sync_dist only tells Lightning so.

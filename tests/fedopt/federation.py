@@ -70,6 +70,15 @@ class Validated(Module):
         self.log("val/loss", F.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
 
 
+class Tied(Module):
+    """The same, with second names for all parameters and buffers, and a third for one."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.alias = self.net
+        self.first = self.net[0].weight
+
+
 def plain_loop(module, loader, server_optimizer, rounds, accumulate=1, clip=None, weighting="examples", buffers="mean",
                mu=0.0, on_update=None):  # fmt: skip
     """Algorithm 1 by deep copies: no Lightning, and nothing of the strategy's."""
@@ -121,6 +130,8 @@ def plain_loop(module, loader, server_optimizer, rounds, accumulate=1, clip=None
                 update += weight * change
             for name, value in local.named_buffers():
                 means[name] = means.get(name, 0.0) + weight * value.double()
+        if not total:  # nobody takes part
+            continue
         for parameter, update in zip(trained, updates, strict=True):
             parameter.grad = (-update / total).to(parameter.dtype)
         optimizer.step()

@@ -381,11 +381,21 @@ def everything():
     return [LabelMatrix(), ClientUpdates(), EffectiveStep(), RoundCurves("val/loss", target=1.0, mode="min")]
 
 
+class Noisy(TensorDataset):
+    """Draws from the global generators, as augmentation may do."""
+
+    def __getitem__(self, index):
+        inputs, label = super().__getitem__(index)
+        return inputs + 0.1 * torch.randn(inputs.shape), label
+
+
 def test_callbacks_do_not_change_training():
     weights = []
     for callbacks in ([], everything()):
         module = Validated()
-        trainer(FedOptStrategy(yogi), 3, callbacks=callbacks).fit(module, loader(), validation())
+        torch.manual_seed(0)
+        data = FederatedLoader(Noisy(*rows().tensors), partition(), clients_per_round=3, batch_size=3)
+        trainer(FedOptStrategy(yogi), 3, callbacks=callbacks).fit(module, data, validation())
         weights.append((copy.deepcopy(module.state_dict()), torch.rand(3)))
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
 

@@ -15,11 +15,12 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision,
 
 from lightning_iclr.fedopt.data import FederatedDataModule
 from lightning_iclr.fedopt.encoders import ImageEncoder
-from lightning_iclr.fedopt.evaluation import ClientEvaluation, evenly_spaced, summarize_clients
+from lightning_iclr.fedopt.evaluation import ClientEvaluation
 from lightning_iclr.fedopt.model import DigitsConvNet
 from lightning_iclr.fedopt.module import Classifier
 from lightning_iclr.fedopt.optim import FedYogi
 from lightning_iclr.fedopt.strategy import FedOptStrategy
+from lightning_iclr.fedopt.summaries import evenly_spaced, summarize_clients
 from tests.fedopt.federation import Module, loader, trainer
 
 pytestmark = [
@@ -375,9 +376,11 @@ def test_clients_without_a_number_are_left_out_of_its_summary():
 
 def test_what_is_lower_when_better_goes_by_name():
     callback = evaluation(lower_is_better=("noise",))
-    trainer("auto", callbacks=[callback]).validate(Noisy(), validation(), verbose=False)
-    assert callback._falls("val/noise")
-    assert not callback._falls("val/loss")
+    (logged,) = trainer("auto", callbacks=[callback]).validate(Noisy(), validation(), verbose=False)
+    for name, worst in (("val/noise", max), ("val/loss", min)):
+        values = callback.table[name].values()
+        assert len(set(values)) == 5
+        assert logged[f"client/{name}/worst"] == pytest.approx(worst(values))
 
 
 @pytest.mark.parametrize(

@@ -143,10 +143,33 @@ def test_a_round_without_clients_still_runs_one_that_does_not_count():
 
 
 def test_stragglers_are_cut_short_at_their_rate():
-    data = loader(max_local_steps=Stragglers(probability=0.4, local_steps=1, seed=2), local_epochs=4)
+    data = loader(max_local_steps=Stragglers(probability=0.4, local_steps=1), local_epochs=4)
     steps = [task.steps for index in range(500) for task in data.plan(index).tasks[0]]
     late = sum(step == 1 for step in steps)
     assert abs(late - 600) < 4 * (1500 * 0.4 * 0.6) ** 0.5
+
+
+def test_the_loaders_seed_says_who_is_late():
+    def late(seed):
+        data = loader(max_local_steps=Stragglers(0.4), seed=seed, clients_per_round=6, local_epochs=4)
+        plans = [sorted(data.plan(index).tasks[0], key=lambda task: task.client) for index in range(500)]
+        return np.array([[task.steps == 1 for task in tasks] for tasks in plans])
+
+    one, other = late(1), late(2)
+    assert (late(1) == one).all()
+    # Two independent draws agree with probability 0.4 ** 2 + 0.6 ** 2: of two seeds, two rounds, two clients.
+    for first, second in ((one, other), (one[1:], one[:-1]), (one[:, 1:], one[:, :-1])):
+        assert abs((first == second).sum() - 0.52 * first.size) < 4 * (first.size * 0.52 * 0.48) ** 0.5
+
+
+def test_a_function_of_round_and_client_may_cap_steps():
+    data = loader(
+        max_local_steps=lambda index, client: None if client == 1 else 1 + (index + client) % 2, local_epochs=9
+    )
+    for index in range(10):
+        for task in data.plan(index).tasks[0]:
+            own = 9 * -(-SIZES[task.client] // 3)
+            assert task.steps == (own if task.client == 1 else 1 + (index + task.client) % 2)
 
 
 def test_a_dataset_of_sample_keys_gets_a_number_for_each_pass():
@@ -205,9 +228,16 @@ def test_a_cohort_smaller_than_the_world_is_told_once():
         connected(data, world_size=2)
 
 
-@pytest.mark.parametrize("own", [[[0, 1], []], [[0, 0]], [[0, 99]]], ids=["empty", "twice", "outside"])
-def test_a_bad_partition_is_refused(own):
-    with pytest.raises(ValueError, match="client"):
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ([[0, 1], []], r"client 1 must hold a flat array of one row or more, got shape \(0,\)"),
+        ([[0, 0]], "client 0 must hold each example once, got row 0 twice"),
+        ([[0, 99]], "client 0 must hold rows from 0 to 38, got 99"),
+    ],
+)
+def test_a_bad_partition_is_refused(own, message):
+    with pytest.raises(ValueError, match=message):
         FederatedLoader(rows(), own, clients_per_round=1, batch_size=2)
 
 

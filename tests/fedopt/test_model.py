@@ -16,8 +16,8 @@ from lightning_iclr.fedopt.model import (
     ResNet18,
     StackOverflowLSTM,
     TagClassifier,
-    replace_batch_norm,
 )
+from lightning_iclr.fedopt.normalization import replace_batch_norm
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 

@@ -181,4 +181,9 @@ def test_a_recipe_and_an_overlay_train_one_round_on_generated_data(task, method,
     main(["fit", "--config", f"fedopt/paper_{task}", *overlay, *small, *cpu])
     checkpoint = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
     assert all(bool(value.isfinite().all()) for value in checkpoint["state_dict"].values())
+    place = list(METHODS).index(method)
+    (server,) = checkpoint["fedopt"]["optimizer"]["param_groups"]
+    (client,) = checkpoint["optimizer_states"][0]["param_groups"]
+    assert math.log10(server["lr"]) == pytest.approx(PUBLISHED[task][4][place], abs=1e-4)
+    assert math.log10(client["lr"]) == pytest.approx(PUBLISHED[task][3][place], abs=1e-4)
     assert "lightning-iclr test" in capsys.readouterr().out

@@ -6,18 +6,15 @@ from datasets import ClassLabel, Dataset, Features, Value
 from jsonargparse import ArgumentParser
 
 from lightning_iclr.embedded import load_digits
-from lightning_iclr.fedopt.allocation import dirichlet, pachinko
+from lightning_iclr.fedopt.allocation import by_key, dirichlet, iid, pachinko, pathological
 from lightning_iclr.fedopt.partition import (
     DirichletPartitioner,
     IIDPartitioner,
     KeyPartitioner,
     PachinkoPartitioner,
     PathologicalPartitioner,
-    by_key,
     check_partition,
-    iid,
     label_matrix,
-    pathological,
 )
 
 LABELS = np.random.default_rng(0).integers(0, 10, 5000)

@@ -4,16 +4,15 @@ import math
 import numpy as np
 import pytest
 
+from lightning_iclr.fedopt.comparison import draw_methods, draw_rate_maps
 from lightning_iclr.fedopt.pictures import (
     draw_client_evaluation,
     draw_client_updates,
     draw_effective_step,
     draw_label_matrix,
-    draw_methods,
-    draw_rate_maps,
     draw_rounds,
-    rounds_to_target,
 )
+from lightning_iclr.fedopt.summaries import rounds_to_target
 
 
 def save(figure):
@@ -148,8 +147,12 @@ def test_many_rounds_share_columns_and_wide_norms_a_logarithmic_axis():
 
 @pytest.mark.parametrize("cosine", [math.nan, 0.5])
 def test_a_single_update_can_be_drawn_with_or_without_a_cosine(cosine):
-    save(draw_client_updates([1], [0.3], [cosine]))
-    save(draw_client_updates([1, 2], [0.0, math.nan], [cosine, cosine]))
+    left, right, _ = save(draw_client_updates([1], [0.3], [cosine])).axes
+    assert shares(left).sum(axis=0) == pytest.approx([1])
+    assert shares(right).sum(axis=0) == pytest.approx([0 if math.isnan(cosine) else 1])
+    left, right, _ = save(draw_client_updates([1, 2], [0.0, math.nan], [cosine, cosine])).axes
+    assert shares(left).sum(axis=0) == pytest.approx([1])  # the first round's alone
+    assert shares(right).sum(axis=0) == pytest.approx([0] if math.isnan(cosine) else [1, 1])
 
 
 def test_the_effective_step_is_a_median_within_a_band():

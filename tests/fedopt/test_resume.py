@@ -1,12 +1,16 @@
+import csv
+
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lightning_iclr.fedopt.compression import TopK
 from lightning_iclr.fedopt.optim import FedYogi
 from lightning_iclr.fedopt.strategy import FedOptStrategy
-from tests.fedopt.federation import Module, Validated, loader, plain_loop, rows, trainer
+from tests.fedopt.federation import Module, Tied, Validated, loader, plain_loop, rows, trainer
 from tests.resume import BatchReporter, assert_resume_equals_uninterrupted
 
 pytestmark = [
@@ -54,11 +58,13 @@ def test_a_run_killed_at_a_rounds_end_resumes_exactly(tmp_path, options):
     assert spared == sum(BATCHES[:3])
 
 
-@pytest.mark.parametrize("schedule", ["epoch", "step"])
-def test_a_run_killed_inside_a_round_repeats_the_round(tmp_path, schedule):
+@pytest.mark.parametrize(
+    "module", [Module, lambda: Module("step"), Tied], ids=["schedule of rounds", "schedule of steps", "tied"]
+)
+def test_a_run_killed_inside_a_round_repeats_the_round(tmp_path, module):
     kill_at = sum(BATCHES[:3]) + 5
     spared = assert_resume_equals_uninterrupted(
-        run({"every_n_train_steps": 1}, module=lambda: Module(schedule)), tmp_path, kill_at=kill_at, atol=0
+        run({"every_n_train_steps": 1}, module=module), tmp_path, kill_at=kill_at, atol=0
     )
     assert spared == sum(BATCHES[:3])
 
@@ -85,27 +91,59 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path, every):
     torch.testing.assert_close(dict(again.state_dict()), dict(expected), rtol=0, atol=1e-6)
 
 
-def test_a_checkpoint_holds_the_servers_weights_even_inside_a_round(tmp_path):
-    seen = []
+class Save(Callback):
+    """Saves a checkpoint after one batch of a round, or after its last, and keeps what the module held then."""
 
-    class Look(ModelCheckpoint):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            if trainer.current_epoch == 1 and batch_idx == 2:
-                trainer.save_checkpoint(tmp_path / "inside.ckpt")
-                seen.append({name: value.clone() for name, value in pl_module.state_dict().items()})
-                seen.append({name: value.clone() for name, value in trainer.strategy.server.weights(pl_module).items()})
+    def __init__(self, path, round_index, batch):
+        self.path, self.round_index, self.batch = path, round_index, batch
 
-    module = Module()
-    trainer(FedOptStrategy(yogi), 2, enable_checkpointing=True, callbacks=[Look(dirpath=tmp_path)]).fit(
-        module, loader()
-    )
-    saved = torch.load(tmp_path / "inside.ckpt", weights_only=True)
-    torch.testing.assert_close(saved["state_dict"], seen[1], rtol=0, atol=0)
-    assert not torch.equal(saved["state_dict"]["net.0.weight"], seen[0]["net.0.weight"])
-    steps = sum(task.steps for task in loader().plan(0).tasks[0])
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if trainer.current_epoch == self.round_index and (is_last if self.batch == "last" else batch_idx == self.batch):
+            trainer.save_checkpoint(self.path)
+            self.held = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("build", "personal", "own"),
+    [
+        (Module, [], []),
+        (Module, ["net.4.*"], ["net.4.weight", "net.4.bias"]),
+        (Tied, [], []),
+        (Tied, ["alias.4.*"], ["net.4.weight", "net.4.bias", "alias.4.weight", "alias.4.bias"]),
+    ],
+    ids=["plain", "personal", "tied", "tied-and-personal"],
+)
+def test_a_checkpoint_inside_a_round_holds_the_weights_of_the_rounds_start(tmp_path, build, personal, own):
+    data = loader(shuffle=False)
+    # In the first round each client starts from the server's values of what is personal, and nobody changes those.
+    expected = {**plain_loop(build(), data, yogi, rounds=1), **{name: build().state_dict()[name] for name in own}}
+    inside = Save(tmp_path / "inside.ckpt", round_index=1, batch=2)
+    trainer(FedOptStrategy(yogi, personal=personal), 2, callbacks=[inside]).fit(build(), data)
+    saved = torch.load(inside.path, weights_only=True)
+    torch.testing.assert_close(saved["state_dict"], dict(expected), rtol=0, atol=1e-6)
+    moved = {name for name, value in saved["state_dict"].items() if not torch.equal(value, inside.held[name])}
+    assert moved == {name for name in expected if not torch.equal(inside.held[name], expected[name])} >= set(own)
+    steps = sum(task.steps for task in data.plan(0).tasks[0])
     assert (saved["fedopt"]["round"], saved["global_step"], saved["epoch"]) == (1, steps, 1)
     assert all(not state["state"] for state in saved["optimizer_states"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("round_index", "batch"), [(2, 2), (1, "last")], ids=["inside", "end"])
+def test_a_resumed_run_logs_at_the_steps_of_the_uninterrupted(tmp_path, round_index, batch, accumulate):
+    def fit(name, callbacks=(), ckpt_path=None):
+        logger = CSVLogger(tmp_path, name="", version=name)
+        options = {"accumulate_grad_batches": accumulate, "log_every_n_steps": 1, "callbacks": [*callbacks]}
+        federated = trainer(FedOptStrategy(yogi), 4, logger=logger, **options)
+        federated.fit(Module(), loader(local_epochs=2), ckpt_path=ckpt_path)
+        with (tmp_path / name / "metrics.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    save = Save(tmp_path / "saved.ckpt", round_index, batch)
+    rest = [row for row in fit("whole", [save]) if int(row["epoch"]) >= 2]
+    assert int(rest[0]["step"]) == torch.load(save.path, weights_only=True)["global_step"] > 0
+    assert fit("rest", ckpt_path=save.path) == rest
 
 
 def test_a_checkpoint_of_a_centralised_run_is_refused(tmp_path):

@@ -149,6 +149,37 @@ def test_manual_optimization_with_several_optimizers_equals_one(devices, mu):
     assert_equal(module.state_dict(), expected)
 
 
+class ManualSchedule(Module):
+    """Steps a schedule by hand, within clients or after rounds; Lightning then does not look at its interval."""
+
+    def __init__(self, steps, interval):
+        super().__init__(schedule=interval)
+        self.automatic_optimization = False
+        self.steps = steps
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+        optimizer.step()
+        if self.steps == "step":
+            self.lr_schedulers().step()
+
+    def on_train_epoch_end(self):
+        if self.steps == "epoch":
+            self.lr_schedulers().step()
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("steps", ["step", "epoch"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_schedule_that_is_stepped_by_hand_is_each_clients_own_or_the_rounds(devices, steps, interval):
+    module, data = ManualSchedule(steps, interval), loader(shuffle=False)
+    expected = plain_loop(Module(schedule=steps), data, yogi, rounds=4)
+    trainer(FedOptStrategy(yogi, start_method="fork"), rounds=4, devices=devices).fit(module, data)
+    assert_equal(module.state_dict(), expected)
+
+
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_vision_transformer_trains_federated_as_it_is(devices):
@@ -234,6 +265,39 @@ def test_a_round_that_nobody_finishes_leaves_the_server_and_its_optimizer_alone(
     assert_equal(module.state_dict(), before, atol=0)
     assert not strategy.server.optimizer.state
     assert float(strategy.round_metrics["skipped_rounds"]) == 1
+
+
+@pytest.mark.parametrize("clients", [1, 3])  # of one the sum is infinite, of several it may be undefined
+def test_a_mean_that_overflows_leaves_the_server_and_its_optimizer_alone(clients):
+    def weighting(task):
+        return 1e30 if strategy.server_round == 1 else 1.0
+
+    module, data = Module(norm=False, schedule=None, lr=1e10), {"max_local_steps": 1, "clients_per_round": clients}
+    expected = plain_loop(module, loader(shuffle=False, **data), yogi, rounds=1, weighting="uniform")
+    strategy = FedOptStrategy(yogi, weighting=weighting, aggregation_dtype="float32")
+    with pytest.warns(UserWarning, match="round 1 leaves the server as it was: .* their mean is not finite"):
+        trainer(strategy, rounds=2).fit(module, loader(shuffle=False, **data))
+    assert strategy.round_norms.isfinite().all()
+    metrics = {name: float(value) for name, value in strategy.round_metrics.items()}
+    assert (metrics["clients"], metrics["nonfinite_clients"], metrics["skipped_rounds"]) == (clients, 0, 1)
+    assert_equal(module.state_dict(), expected)
+    assert all(value.isfinite().all() for own in strategy.server.optimizer.state.values() for value in own.values())
+
+
+class Apart(Module):
+    """Starts from other weights and buffers on each process."""
+
+    def configure_model(self):
+        with torch.no_grad():
+            for tensor in (*self.parameters(), *(b for b in self.buffers() if b.is_floating_point())):
+                tensor.add_(self.global_rank)
+
+
+def test_all_processes_start_from_the_weights_of_the_first():
+    module, data = Apart(), loader(shuffle=False)
+    expected = plain_loop(Module(), data, yogi, rounds=2)
+    trainer(FedOptStrategy(yogi, start_method="fork"), rounds=2, devices=2).fit(module, data)
+    assert_equal(module.state_dict(), expected)
 
 
 def test_the_order_of_clients_in_a_cohort_does_not_matter():
@@ -345,23 +409,6 @@ def test_the_numbers_of_a_round_are_what_they_say():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_steps": 5}, "max_steps must be -1, got 5"),
-        ({"limit_train_batches": 3}, "limit_train_batches must be 1.0, got 3"),
-        ({"overfit_batches": 2}, "limit_train_batches must be 1.0, got 2"),
-        ({"val_check_interval": 2}, "val_check_interval must be 1.0, got 2"),
-        ({"fast_dev_run": 1}, "fast_dev_run must be False, got True"),
-        ({"sync_batchnorm": True}, "sync_batchnorm mixes the statistics of different clients"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:.*overfit_batches")
-def test_a_trainer_that_would_cut_a_round_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        trainer(FedOptStrategy(), **options).fit(Module(), loader())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
         ({"weighting": "size"}, "weighting must be 'examples', 'uniform' or a function"),
         ({"buffers": "sum"}, "buffers must be 'mean' or 'keep', got 'sum'"),
         ({"proximal": -1.0}, "proximal must not be negative, got -1.0"),
@@ -376,22 +423,6 @@ def test_a_trainer_that_would_cut_a_round_is_refused(options, message):
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         FedOptStrategy(**options)
-
-
-def test_a_plain_loader_is_refused():
-    with pytest.raises(ValueError, match="FedOptStrategy trains on one FederatedLoader, got DataLoader"):
-        trainer(FedOptStrategy(), 1).fit(Module(), DataLoader(rows(), batch_size=4))
-
-
-def test_schedules_of_both_kinds_at_once_are_refused():
-    class Both(Module):
-        def configure_optimizers(self):
-            optimizer = self.client_optimizer()
-            one, two = (torch.optim.lr_scheduler.ConstantLR(optimizer) for _ in range(2))
-            return [optimizer], [{"scheduler": one, "interval": "step"}, {"scheduler": two, "interval": "epoch"}]
-
-    with pytest.raises(ValueError, match="must all be stepped within a client"):
-        trainer(FedOptStrategy(), 1).fit(Both(), loader())
 
 
 def test_a_personal_pattern_that_matches_nothing_is_refused():

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lightning_iclr.__main__ import main
+from lightning_iclr.evaluation_mode import evaluating
 from lightning_iclr.vit import (
     AttentionDistance,
     DigitsDataModule,
@@ -24,7 +25,6 @@ from lightning_iclr.vit import (
     ViTClassifier,
 )
 from lightning_iclr.vit.analysis import attention_distance, attention_maps, patch_filters, rollout
-from lightning_iclr.vit.callbacks import evaluating
 from lightning_iclr.vit.pictures import draw_rollout
 
 TINY = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 10, "dim": 8, "depth": 2, "num_heads": 2}

@@ -559,9 +559,12 @@ def test_a_missing_file_is_named(tmp_path, name):
 def test_safetensors_are_read(tmp_path):
     from safetensors.torch import save_file
 
-    weights = {name: weight.contiguous() for name, weight in to_hf(network().state_dict()).items()}
+    saved, net = network(), network()
+    assert not torch.equal(net.patch_embed.proj.weight, saved.patch_embed.proj.weight)
+    weights = {name: weight.contiguous() for name, weight in to_hf(saved.state_dict()).items()}
     save_file(weights, tmp_path / "model.safetensors")
-    load_pretrained(network(), tmp_path / "model.safetensors")
+    load_pretrained(net, tmp_path / "model.safetensors")
+    torch.testing.assert_close(net.state_dict(), saved.state_dict(), rtol=0, atol=0)
 
 
 def hybrid():

@@ -159,7 +159,7 @@ def test_predict_serves_the_test_images_with_their_rows():
     images, rows = (torch.cat(parts) for parts in zip(*data.predict_dataloader(), strict=True))
     assert rows.tolist() == data.splits["test"].rows.tolist()
     torch.testing.assert_close(images, (data.splits["test"].images - 0.3) / 0.35)
-    assert data.names(rows[:2]) == [str(int(rows[0])), str(int(rows[1]))]
+    assert data.identify(rows[:2]) == {"image": [str(int(rows[0])), str(int(rows[1]))]}
     assert data.class_names == list("0123456789")
     assert data.num_classes == 10
 

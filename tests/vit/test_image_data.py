@@ -244,14 +244,14 @@ def test_predictions_of_a_folder_are_named_by_file(tmp_path):
     data.setup()
     ((images, rows),) = data.predict_dataloader()
     assert images.shape == (2, 3, 8, 8)
-    assert data.names(rows) == ["b.png", "sub/a.jpg"]
+    assert data.identify(rows) == {"image": ["b.png", "sub/a.jpg"]}
 
 
 def test_predictions_of_a_table_are_named_by_row():
     data = ImageDataModule(table(), test_split="train[:5]", **SMALL)
     data.setup()
     rows = torch.cat([rows for _, rows in data.predict_dataloader()])
-    assert data.names(rows) == ["0", "1", "2", "3", "4"]
+    assert data.identify(rows) == {"image": ["0", "1", "2", "3", "4"]}
 
 
 def test_batches_can_be_what_hugging_face_s_models_take():
