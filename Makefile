@@ -39,6 +39,9 @@ bench: .venv/bench
 	for part in speed flower claim shakespeare; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fedopt.py $$part || exit 1; \
 	done
+	for part in speed memory; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pmi_masking.py $$part || exit 1; \
+	done
 
 clean:
 	rm -rf .venv runs site dist
@@ -46,7 +49,7 @@ clean:
 # Each stamp installs the package with one more set of extras; it is made again when the pins or the metadata change,
 # or when the environment under it is gone or lacks what the target runs.
 CORE := pip lightning_iclr torch lightning torchmetrics datasets jsonargparse matplotlib
-TEST := $(CORE) opacus flwr pytest xdist pytest_timeout build hatchling sklearn scipy transformers tensorboard
+TEST := $(CORE) accelerate daft duckdb opacus flwr pytest xdist pytest_timeout build hatchling sklearn scipy transformers tensorboard
 BENCH := $(TEST) ray
 DEV := $(TEST) latex2mathml ruff mypy pre_commit mkdocs material mkdocstrings
 

@@ -1,11 +1,16 @@
 """Flower's simulation of the digits' federation, for `fedopt.py flower`: the same clients, network, rates and server.
 
 It is written as Flower's own guides write such an app, and given what helps it: rows that are in memory in the client's
-process, no evaluation, and one actor a core. Needs the extra ``flower``.
+process, no evaluation, and one actor a core. Needs the extra ``flower``. Run it in a process of its own, as that does:
+Ray does not start beside a Trainer that has run.
+
+    python benchmarks/flower_simulation.py COHORT ROUNDS    # prints seconds a round, without the first two
 """
 
+import json
 import logging
 import os
+import sys
 import time
 from itertools import pairwise
 from typing import Any
@@ -63,3 +68,12 @@ def flower_rounds(
         backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0}},
     )
     return [after - before for before, after in pairwise(ends)][2:]
+
+
+if __name__ == "__main__":
+    from fedopt import Federation
+
+    own_cohort, own_rounds = map(int, sys.argv[1:])
+    federation = Federation(own_cohort)
+    rows = [np.asarray(own) for own in federation.partition]
+    print(json.dumps(flower_rounds(federation.module().net, *federation.tensors(), rows, own_cohort, own_rounds)))

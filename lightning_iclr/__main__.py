@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from lightning_iclr import __version__
 from lightning_iclr._recipes import copy_recipe, recipe_table
@@ -10,14 +11,19 @@ USAGE = f"""lightning-iclr {__version__}
 
 usage: lightning-iclr {{fit,validate,test,predict}} --config RECIPE [--config MORE] [--KEY VALUE ...] [--debug]
        lightning-iclr recipes [--copy RECIPE]
+       lightning-iclr pmi-vocabulary --data DATA --out FILE [--KEY VALUE ...]
 
   fit --config vit/digits        train a recipe; overrides go after --config
   test --config vit/digits --ckpt_path FILE
                                  test what was trained; `validate` and `predict` likewise
   fit --help                     all options
   recipes                        list the recipes; --copy writes one into the working folder
+  pmi-vocabulary --help          build a masking vocabulary from a corpus
   --debug                        show the whole traceback of an error
 """
+
+# Methods' own tools: the functions whose arguments are the options.
+_TOOLS = {"pmi-vocabulary": "lightning_iclr.pmi_masking.command.build_vocabulary"}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -33,6 +39,11 @@ def main(args: Sequence[str] | None = None) -> None:
         print(__version__)
     elif argv[0] == "recipes":
         _recipes(argv[1:])
+    elif argv[0] in _TOOLS:
+        from lightning_iclr.cli import run_tool
+
+        module, _, function = _TOOLS[argv[0]].rpartition(".")
+        run_tool(getattr(import_module(module), function), argv[0], argv[1:])
     else:
         from lightning_iclr.cli import run
 

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
@@ -60,6 +60,24 @@ def run(argv: Sequence[str]) -> None:
     except _EXPECTED as error:
         if begun.first_batch:
             raise
+        _fail(error)
+
+
+def run_tool(tool: Callable[..., None], name: str, argv: Sequence[str]) -> None:
+    """Run a method's own tool, a function whose arguments are the options; errors become one line and exit code 2.
+
+    Args:
+        tool: The function; its docstring tells what it and its arguments are.
+        name: The sub-command.
+        argv: The arguments after it.
+    """
+    summary = (tool.__doc__ or "").split("\n")[0]
+    parser = OneLineParser(prog=f"lightning-iclr {name}", description=summary, allow_abbrev=False)
+    parser.add_function_arguments(tool, as_group=False)
+    options = parser.instantiate_classes(parser.parse_args(list(argv)))
+    try:
+        tool(**options.as_dict())
+    except _EXPECTED as error:
         _fail(error)
 
 

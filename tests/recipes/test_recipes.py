@@ -28,10 +28,23 @@ ROUNDS = ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1", "--tr
           "--trainer.limit_test_batches=2", "--trainer.limit_predict_batches=2", "--trainer.enable_progress_bar=false",
           "--data.max_local_steps=2"]  # fmt: skip
 # How a method's recipes are cut short, and the pictures they draw.
-QUICK = {"vit": FAST, "fedopt": ROUNDS}
+QUICK = {"vit": FAST, "fedopt": ROUNDS, "pmi_masking": FAST}
 PICTURES = {
     "vit": {"attention_distance", "training_curves", "patch_filters", "position_similarity"},
     "fedopt": {"rounds"},
+    "pmi_masking": {"masked_paragraph", "loss_by_unit"},
+}
+# What cuts a recipe shorter yet: all roles would be evaluated one by one, all definitions tokenized.
+GLOSSES = ["--data.train_split=train[:3000]", "--data.val_split=validation[:300]", "--data.test_split=test[:1000]",
+           "--data.min_count=2", "--data.vocabulary_size=400"]  # fmt: skip
+OWN = {"fedopt/shakespeare_roles": ["--data.max_clients=10", "--model.net.hidden_dim=16"],
+       **{name: GLOSSES for name in EMBEDDED if name.startswith("pmi_masking/")}}  # fmt: skip
+# Columns of what a federated recipe predicts.
+PREDICTED = {
+    "fedopt/digits": ("label", "probability", "probability/9"),
+    "fedopt/zipf": ("client", "label_1", "probability_5"),
+    "fedopt/shakespeare": ("client", "example", "prediction"),
+    "pmi_masking/glosses": ("row", "prediction"),
 }
 ONE_CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]
 
@@ -69,23 +82,32 @@ def test_the_header_says_what_the_table_needs_and_a_command_that_parses(name):
     assert parse(*arguments).trainer is not None
 
 
+def predictions():
+    (path,) = Path().rglob("predictions.csv")
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_an_embedded_recipe_trains_tests_and_predicts(name, capsys):
     method = name.partition("/")[0]
-    main(["fit", "--config", name, *QUICK[method]])
+    quick = [*QUICK[method], *OWN.get(name, [])]
+    main(["fit", "--config", name, *quick])
     command = capsys.readouterr().out.splitlines()[-1].split()[1:]
-    main([*command, *QUICK[method]])
+    main([*command, *quick])
     assert "test/loss" in capsys.readouterr().out
-    main(["predict", *command[1:], *QUICK[method]])
+    main(["predict", *command[1:], *quick])
     drawn = {path.stem for path in Path("lightning_logs/version_0/figures").iterdir()}
     assert drawn >= PICTURES[method]
-    recipe = yaml.safe_load((recipe_root() / f"{name}.yaml").read_text())
-    if any(callback["class_path"].endswith("PredictionWriter") for callback in recipe["trainer"]["callbacks"]):
+    if method == "vit":
         assert drawn & {"rollout", "masked_patches"}
-        (path,) = Path().rglob("predictions.csv")
-        header, *rows = csv.reader(path.read_text().splitlines())
-        assert header[0] == "image"
-        assert len(rows) == 2 * recipe["data"]["init_args"]["batch_size"]
+        recipe = yaml.safe_load((recipe_root() / f"{name}.yaml").read_text())
+        assert len({row["image"] for row in predictions()}) == 2 * recipe["data"]["init_args"]["batch_size"]
+    elif method == "fedopt":
+        rows, kind = predictions(), PREDICTED[name.split("_")[0]]
+        assert {"row", *kind} <= rows[0].keys()
+        assert len({(row["row"], row.get("example")) for row in rows}) == len(rows) > 100
+        assert all(row[column] for row in rows for column in kind)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -100,8 +122,14 @@ def test_an_overlay_changes_how_a_recipe_runs_and_not_what(name):
 
 @pytest.mark.parametrize("name", ["trainer/cpu", "trainer/debug"])
 def test_an_overlay_for_one_process_runs(name):
-    quick = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
-    main(["fit", "--config", "vit/digits", "--config", name, *quick])
+    overlay = yaml.safe_load((recipe_root() / f"{name}.yaml").read_text())["trainer"]
+    quick = {"max_steps": "2", "limit_val_batches": "1", "enable_progress_bar": "false"}
+    own = [f"--trainer.{key}={value}" for key, value in quick.items() if key not in overlay]
+    main(["fit", "--config", "vit/digits", "--config", name, *own])
+    saved = yaml.safe_load(Path("lightning_logs/version_0/config.yaml").read_text())["trainer"]
+    assert overlay.items() <= saved.items()
+    checkpoint = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == overlay.get("max_steps", 2)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,39 @@
+"""PMI-Masking: Principled masking of correlated spans (Levine et al., ICLR 2021)."""
+
+from lightning_iclr.pmi_masking.callbacks import LossByUnit, MaskedParagraph
+from lightning_iclr.pmi_masking.collator import (
+    PMIMaskingCollator,
+    RandomTokenCollator,
+    SpanMaskingCollator,
+    WholeWordCollator,
+)
+from lightning_iclr.pmi_masking.data import MaskedTextDataModule
+from lightning_iclr.pmi_masking.glosses import GlossesDataModule, load_glosses
+from lightning_iclr.pmi_masking.module import MaskedLM
+from lightning_iclr.pmi_masking.ngrams import NgramTable, count_ngrams
+from lightning_iclr.pmi_masking.scores import frequency_score, naive_pmi_score, pmi_score
+from lightning_iclr.pmi_masking.spans import RandomSpanCollator
+from lightning_iclr.pmi_masking.tokenizers import load_tokenizer, train_wordpiece
+from lightning_iclr.pmi_masking.vocabulary import MaskingVocabulary
+
+__all__ = [
+    "GlossesDataModule",
+    "LossByUnit",
+    "MaskedLM",
+    "MaskedParagraph",
+    "MaskedTextDataModule",
+    "MaskingVocabulary",
+    "NgramTable",
+    "PMIMaskingCollator",
+    "RandomSpanCollator",
+    "RandomTokenCollator",
+    "SpanMaskingCollator",
+    "WholeWordCollator",
+    "count_ngrams",
+    "frequency_score",
+    "load_glosses",
+    "load_tokenizer",
+    "naive_pmi_score",
+    "pmi_score",
+    "train_wordpiece",
+]
