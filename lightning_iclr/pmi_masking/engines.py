@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lightning_iclr.pmi_masking.streams import Stream, append
+from lightning_iclr.pmi_masking.streams import Stream, append, collapsed
 
 _IDS = np.dtype(np.int32)
 _RUN = np.dtype([("key", "<i8"), ("count", "<i4")])  # occurrences of a pair in one chunk
@@ -95,9 +95,15 @@ class NumpyEngine:
 
     def relabel(self, pairs: np.ndarray) -> None:
         """Go on to the next length."""
-        frequent = pairs[:, 0].astype(np.int64) * self.size + pairs[:, 1]
         following = self._new_stream(self.n + 1)
-        before = -1
+        for numbers in collapsed(self._relabelled(pairs)):
+            following.write(numbers)
+        self._runs = None
+        self._before = self.stream  # until `forget`: a run that is stopped here goes on from it
+        self.stream, self.n, self.size = following, self.n + 1, len(pairs)
+
+    def _relabelled(self, pairs: np.ndarray) -> Iterator[np.ndarray]:
+        frequent = pairs[:, 0].astype(np.int64) * self.size + pairs[:, 1]
         for keys in self._keys():
             unique, begins, positions = self._runs or self._sorted(keys)
             place = np.searchsorted(frequent, unique)
@@ -106,15 +112,7 @@ class NumpyEngine:
             place[~known] = -1
             numbers = np.full(len(keys), -1, _IDS)
             numbers[positions] = np.repeat(place.astype(_IDS), np.diff(begins))
-            breaks = numbers < 0
-            again = breaks.copy()
-            again[1:] &= breaks[:-1]
-            again[:1] &= before < 0
-            before = int(numbers[-1]) if len(numbers) else before
-            following.write(numbers[~again])
-        self._runs = None
-        self._before = self.stream  # until `forget`: a run that is stopped here goes on from it
-        self.stream, self.n, self.size = following, self.n + 1, len(pairs)
+            yield numbers
 
     def keep(self, n: int) -> None:
         """Have the corpus on disk."""

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from lightning_iclr.pmi_masking.engines import Engine, make_engine
-from lightning_iclr.pmi_masking.streams import Stream, naming, parse_size
+from lightning_iclr.pmi_masking.streams import Stream, collapsed, naming, parse_size
 
 Engines = Literal["numpy", "duckdb", "daft"]
 _IDS = np.dtype(np.int32)
@@ -156,7 +156,7 @@ class _Count:
             numbers = np.full(len(measured.counts) + 1, -1, _IDS)  # the last entry is for breaks
             numbers[words] = np.arange(len(words), dtype=_IDS)
             del measured.counts
-            engine.open(_collapsed(numbers[np.maximum(chunk, -1)] for chunk in corpus.read(room // 64)), len(words))
+            engine.open(collapsed(numbers[np.maximum(chunk, -1)] for chunk in corpus.read(room // 64)), len(words))
             state.save(1, engine, counts, parents)
         else:
             engine.restore(done, len(counts[-1]))
@@ -292,15 +292,3 @@ def _joined(documents: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         length += 1
     if held:
         yield np.concatenate(held)
-
-
-def _collapsed(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Leave one break of each row of them."""
-    before = -1
-    for chunk in chunks:
-        breaks = chunk < 0
-        again = breaks.copy()
-        again[1:] &= breaks[:-1]
-        again[0] &= before < 0
-        before = int(chunk[-1])
-        yield chunk[~again]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -129,3 +129,20 @@ def naming(folder: Path) -> Iterator[None]:
         if error.errno in _FULL and str(folder) not in str(error):
             raise OSError(errno.ENOSPC, f"no room in spill_dir, {folder}; give another one") from error
         raise
+
+
+def collapsed(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield a stream of numbers, of which negative ones are breaks, with one break in place of each row of them.
+
+    Examples:
+        >>> [chunk.tolist() for chunk in collapsed([np.array([-1, 3, -1]), np.array([-1, 4, 5])])]
+        [[3, -1], [4, 5]]
+    """
+    before = -1
+    for chunk in chunks:
+        breaks = chunk < 0
+        again = breaks.copy()
+        again[1:] &= breaks[:-1]
+        again[:1] &= before < 0
+        before = int(chunk[-1]) if len(chunk) else before
+        yield chunk[~again]

@@ -162,7 +162,6 @@ class TokenWords:
         self._broken = np.zeros(size, bool)  # whether it holds a part of a character, or nothing that is seen
         counts = np.zeros(size, np.int64)
         parts: list[str] = []
-        alone: list[bool] = []
         self._bytes: dict[int, bytes] = {}
         self._splitter = splitter
         self._slow: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
@@ -175,7 +174,6 @@ class TokenWords:
                 self._bytes[number] = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
                 self._begins[number], counts[number] = not continues, 1
                 parts.append("")
-                alone.append(False)
                 continue
             normal = splitter.normalize(text)
             words = splitter.split(text)
@@ -183,7 +181,6 @@ class TokenWords:
             self._ends[number] = not words or normal[-1:].isspace() or is_punctuation(words[-1])
             counts[number] = len(words)
             parts += words
-            alone += map(is_punctuation, words)
             self._bytes[number] = text.encode(errors="surrogatepass")
         self._first = np.cumsum(counts) - counts
         self._counts = counts
