@@ -1,5 +1,6 @@
-"""Measure PMI-Masking: `speed` times collators and counting against their peers.
+"""Measure PMI-Masking: `claim` compares maskings, `speed` times collators and counting against their peers.
 
+    python benchmarks/pmi_masking.py claim     # what a small BERT learns under each masking
     python benchmarks/pmi_masking.py speed     # collators and n-gram counts, ratios of CPU time
     python benchmarks/pmi_masking.py memory    # counting 1 GB of word ids within 100 MB
 
@@ -22,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from pmi_masking_claim import MASKINGS, claim
 from results_file import save
 from transformers import DataCollatorForLanguageModeling
 
@@ -248,13 +250,25 @@ def _held() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["speed", "memory"])
+    parser.add_argument("command", choices=["claim", "speed", "memory"])
     parser.add_argument("--repeats", type=int, default=10, help="interleaved repeats")
+    parser.add_argument("--seeds", type=int, default=3, help="of claim: 0, 1, ...")
+    parser.add_argument("--pieces", type=int, default=2000, help="of claim: of the WordPiece tokenizer")
+    parser.add_argument("--steps", type=int, default=3200, help="of claim")
+    parser.add_argument(
+        "--arms", nargs="+", choices=MASKINGS, default=list(MASKINGS), help="of claim; token and PMI at least"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/pmi_masking_claim"), help="of claim, for finished arms"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     random.seed(0)
     packages = ("transformers", "tokenizers")
-    if args.command == "speed":
+    if args.command == "claim":
+        found = claim(args.pieces, args.steps, list(range(args.seeds)), args.arms, args.folder)
+        save("pmi_masking", "claim", found, (*packages, "scikit-learn"))
+    elif args.command == "speed":
         save("pmi_masking", "collators", collators(args.repeats), packages)
         save("pmi_masking", "counting", counting(max(3, args.repeats // 3)), packages)
     else:

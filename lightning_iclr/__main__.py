@@ -12,6 +12,7 @@ USAGE = f"""lightning-iclr {__version__}
 usage: lightning-iclr {{fit,validate,test,predict}} --config RECIPE [--config MORE] [--KEY VALUE ...] [--debug]
        lightning-iclr recipes [--copy RECIPE]
        lightning-iclr pmi-vocabulary --data DATA --out FILE [--KEY VALUE ...]
+       lightning-iclr pmi-finetune --recipe RECIPE --out FOLDER [--KEY VALUE ...]
 
   fit --config vit/digits        train a recipe; overrides go after --config
   test --config vit/digits --ckpt_path FILE
@@ -19,11 +20,15 @@ usage: lightning-iclr {{fit,validate,test,predict}} --config RECIPE [--config MO
   fit --help                     all options
   recipes                        list the recipes; --copy writes one into the working folder
   pmi-vocabulary --help          build a masking vocabulary from a corpus
+  pmi-finetune --help            fine-tune over a grid with several seeds
   --debug                        show the whole traceback of an error
 """
 
 # Methods' own tools: the functions whose arguments are the options.
-_TOOLS = {"pmi-vocabulary": "lightning_iclr.pmi_masking.command.build_vocabulary"}
+_TOOLS = {
+    "pmi-finetune": "lightning_iclr.pmi_masking.grid.finetune_grid",
+    "pmi-vocabulary": "lightning_iclr.pmi_masking.command.build_vocabulary",
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:

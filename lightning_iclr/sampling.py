@@ -215,6 +215,22 @@ def leave_finished_epoch(trainer: Trainer) -> None:
             loops += [child for child in vars(loop).values() if hasattr(child, "_restarting")]
 
 
+def estimated_steps(trainer: Trainer) -> int | float:
+    """Return the optimizer steps of a fit, infinite where it has no end; for ``configure_optimizers``.
+
+    Args:
+        trainer: The Trainer of the module.
+    """
+    # Lightning 2.6 sets the training loader up to count its batches, which is before it restores a checkpoint, and does
+    # not give it its place in the epoch later. A loader that was not there before is set up again at the run's start.
+    fit_loop: Any = trainer.fit_loop
+    is_set_up = fit_loop._combined_loader is not None
+    steps = trainer.estimated_stepping_batches
+    if not is_set_up:
+        fit_loop._combined_loader = None
+    return steps
+
+
 @dataclass
 class _Place:
     epoch: int

@@ -15,8 +15,14 @@ from lightning_iclr.pmi_masking.collator import (
     SpanMaskingCollator,
     WholeWordCollator,
     unit_ids,
+    units_by_length,
 )
-from lightning_iclr.pmi_masking.pictures import MaskedText, draw_loss_by_unit, draw_masked_paragraph
+from lightning_iclr.pmi_masking.pictures import (
+    MaskedText,
+    draw_loss_by_unit,
+    draw_masked_paragraph,
+    draw_unit_lengths,
+)
 from lightning_iclr.pmi_masking.spans import RandomSpanCollator
 
 
@@ -57,6 +63,45 @@ class MaskedParagraph(Callback):
         example = {"input_ids": ids[: self.tokens], "document_ids": documents[: self.tokens], "row_id": 0, "epoch": 0}
         texts = {name: masked_text(collator, example) for name, collator in others.items()}
         show(draw_masked_paragraph(texts), "masked_paragraph", trainer)
+
+
+class UnitLengths(Callback):
+    """Draw how long units are, and at what rate those of each length are chosen, when training starts.
+
+    The picture is ``unit_lengths.png``, over the first training rows; the rates of the run's own masking are logged,
+    too, as ``units/chosen_1`` and so on: shares of the units of so many tokens. Random spans have none, since what is
+    not chosen is no span.
+
+    Args:
+        rows: Rows to look at.
+        longest: Tokens of the last length, which includes all longer ones.
+
+    Raises:
+        ValueError: A number is below 1.
+    """
+
+    def __init__(self, rows: int = 1000, longest: int = 10) -> None:
+        for name, number in (("rows", rows), ("longest", longest)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        self.rows, self.longest = rows, longest
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        own, rows = data.collator, data.rows["train"]
+        probability = own.mlm_probability(0) if callable(own.mlm_probability) else own.mlm_probability
+        words = WholeWordCollator(data.tokenizer, seed=data.seed, mlm_probability=probability)
+        maskings: dict[str, SpanMaskingCollator] = {"whole word": words}
+        if not isinstance(own, (WholeWordCollator, RandomSpanCollator)):
+            maskings["PMI" if isinstance(own, PMIMaskingCollator) else type(own).__name__] = own
+        examples = [rows[row] for row in range(min(self.rows, len(rows)))]
+        units = {name: units_by_length(collator, examples, self.longest) for name, collator in maskings.items()}
+        show(draw_unit_lengths(units, probability), "unit_lengths", trainer)
+        if not isinstance(own, RandomSpanCollator):
+            there, chosen = list(units.values())[-1]
+            shares = {f"units/chosen_{n}": float(chosen[n - 1] / there[n - 1]) for n in np.flatnonzero(there) + 1}
+            for logger in trainer.loggers:
+                logger.log_metrics(shares, step=trainer.global_step)
 
 
 class LossByUnit(Callback):

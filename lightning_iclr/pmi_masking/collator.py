@@ -17,6 +17,7 @@ import numpy as np
 from lightning_iclr.pmi_masking.batches import EPOCH, Rows, make_rows, to_tensors
 from lightning_iclr.pmi_masking.segmentation import choose, disjoint, maximal, merge
 from lightning_iclr.pmi_masking.sentinels import find_sentinels, sentinel_batch
+from lightning_iclr.pmi_masking.spelling import special_ids
 from lightning_iclr.pmi_masking.vocabulary import MaskingVocabulary
 from lightning_iclr.pmi_masking.words import TokenWords, Words, WordSplitter
 
@@ -75,6 +76,8 @@ class SpanMaskingCollator(ABC):
     ) -> None:
         if denoising not in ("mask", "sentinels"):
             raise ValueError(f"denoising must be 'mask' or 'sentinels', got {denoising!r}")
+        if denoising == "sentinels" and return_unit_ids:
+            raise ValueError("return_unit_ids must be False with denoising='sentinels', which moves tokens, got True")
         if denoising == "mask" and getattr(tokenizer, "mask_token_id", None) is None:
             raise ValueError(f"tokenizer must have a mask token, and {type(tokenizer).__name__} has none")
         if not callable(mlm_probability):
@@ -92,7 +95,7 @@ class SpanMaskingCollator(ABC):
         self.pad_to_multiple_of, self.seed, self.return_unit_ids = pad_to_multiple_of, seed, return_unit_ids
         self.sentinels = find_sentinels(tokenizer) if denoising == "sentinels" else None
         self.special = np.zeros(len(tokenizer), bool)
-        self.special[tokenizer.all_special_ids] = True
+        self.special[special_ids(tokenizer)] = True
         self._ordinary = np.flatnonzero(~self.special)
 
     @abstractmethod
@@ -153,6 +156,42 @@ class SpanMaskingCollator(ABC):
         for probability in probabilities:
             _check_probability(probability)
         return np.array(probabilities)[which]
+
+
+@dataclass(frozen=True)
+class LinearProbability:
+    """A ``mlm_probability`` that goes from one share to another in equal steps, epoch by epoch, and stays there.
+
+    Validation and test rows are masked as in the first epoch.
+
+    Args:
+        start: Share in the first epoch.
+        end: Share after ``epochs`` epochs.
+        epochs: Epochs from the one to the other.
+
+    Raises:
+        ValueError: A share is not in (0, 1], or ``epochs`` is below 1.
+
+    Examples:
+        >>> schedule = LinearProbability(start=0.3, end=0.15, epochs=3)
+        >>> [round(schedule(epoch), 2) for epoch in range(5)]
+        [0.3, 0.25, 0.2, 0.15, 0.15]
+    """
+
+    start: float
+    end: float
+    epochs: int
+
+    def __post_init__(self) -> None:
+        for name, share in (("start", self.start), ("end", self.end)):
+            if not 0.0 < share <= 1.0:
+                raise ValueError(f"{name} must be in (0, 1], got {share}")
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+
+    def __call__(self, epoch: int) -> float:
+        """Return the share in an epoch, from 0."""
+        return self.start + (self.end - self.start) * min(epoch / self.epochs, 1.0)
 
 
 class RandomTokenCollator(SpanMaskingCollator):
@@ -221,16 +260,30 @@ class PMIMaskingCollator(_UnitCollator):
 
     Args:
         tokenizer: See `SpanMaskingCollator`.
-        vocabulary: The n-grams, or the path of their file.
+        vocabulary: The n-grams, or the path of their file; ``None`` where a data module is to give those that it loads
+            or builds.
         kwargs: Further arguments of `SpanMaskingCollator`.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: MaskingVocabulary | str, **kwargs: Any) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: MaskingVocabulary | str | None = None, **kwargs: Any) -> None:
         super().__init__(tokenizer, **kwargs)
+        self.vocabulary: MaskingVocabulary | None = None
+        if vocabulary is not None:
+            self.set_vocabulary(vocabulary)
+
+    def set_vocabulary(self, vocabulary: MaskingVocabulary | str) -> None:
+        """Take the n-grams, or the path of their file."""
         if not isinstance(vocabulary, MaskingVocabulary):
             vocabulary = MaskingVocabulary.from_file(vocabulary)
-        self.matcher = vocabulary.compile(tokenizer)
+        self.vocabulary = vocabulary
+        self.matcher = vocabulary.compile(self.tokenizer)
         self.words = self.matcher.tokens
+
+    def select(self, rows: Rows, budgets: np.ndarray) -> Selection:
+        """Choose units."""
+        if self.vocabulary is None:
+            raise ValueError("vocabulary must be given, or set by set_vocabulary, before a batch is masked, got None")
+        return super().select(rows, budgets)
 
     def units(self, rows: Rows, words: Words) -> np.ndarray:
         """Return n-grams and words."""
@@ -252,6 +305,24 @@ def unit_ids(rows: Rows, selection: Selection) -> np.ndarray:
     first = np.repeat(selection.unit[begins], np.diff(begins, append=len(row)))
     ids.reshape(-1)[selection.place] = selection.unit - first
     return ids
+
+
+def units_by_length(collator: SpanMaskingCollator, examples: Any, longest: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many units of 1, 2, ... tokens there are in a batch, and how many are chosen, each (``longest``,).
+
+    Their ratio is the rate at which units are chosen. A unit that exceeds the rest of the budget is passed over, so it
+    is below ``mlm_probability`` for long units and above it for single tokens, the more so the shorter the rows.
+    `RandomSpanCollator` has no units but those that it chooses, and the words between them.
+
+    Args:
+        collator: A masking.
+        examples: A batch of it.
+        longest: Tokens of the last length, which includes all longer ones.
+    """
+    _, selection = collator.plan(examples)
+    kinds = np.minimum(np.bincount(selection.unit), longest)
+    there, chosen = (np.bincount(own, minlength=longest + 1)[1:] for own in (kinds, kinds[selection.chosen]))
+    return there, chosen
 
 
 def _check_probability(probability: float) -> None:

@@ -1,90 +1,77 @@
-"""`lightning-iclr pmi-vocabulary`: from a corpus to a masking vocabulary, and a table of what is in it."""
+"""`lightning-iclr pmi-vocabulary`: from a corpus to a masking vocabulary, a table of what is in it, and pictures."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lightning_iclr.embedded import load_shakespeare, load_wikipedia_sample
-from lightning_iclr.pmi_masking.glosses import load_glosses
-from lightning_iclr.pmi_masking.ngrams import Engines
-from lightning_iclr.pmi_masking.scores import Score
-from lightning_iclr.pmi_masking.vocabulary import PROPORTIONS, MaskingVocabulary
-from lightning_iclr.pmi_masking.words import Deduplicate, Punctuation
-from lightning_iclr.tables import DataFiles, check_columns, prepare_tables, read_tables, select_split
+import numpy as np
+from matplotlib.figure import Figure
 
-EMBEDDED = ("glosses", "wikipedia", "shakespeare")
+from lightning_iclr.pmi_masking.corpora import TextSource, read_corpora
+from lightning_iclr.pmi_masking.hashing import hash_words
+from lightning_iclr.pmi_masking.ngrams import NgramTable
+from lightning_iclr.pmi_masking.pictures import draw_coverage, draw_naive_against_pmi, draw_ranks
+from lightning_iclr.pmi_masking.scores import Score, naive_pmi_score, pmi_score
+from lightning_iclr.pmi_masking.vocabulary import MaskingVocabulary, VocabularySettings
+from lightning_iclr.tables import DataFiles
+
 _SHOWN = 5  # n-grams at either end of a length
-_READ = 1000  # texts at once
+_COVERED = 2000  # texts of which coverage is drawn
+_SIZES = 6  # points of a curve of coverage
+_RANKINGS: dict[str, Score] = {"PMI": "pmi", "Naive-PMI": "naive_pmi", "frequency": "frequency"}
 
 
 def build_vocabulary(
-    data: str,
+    data: str | list[TextSource],
     out: str,
     config_name: str | None = None,
     revision: str | None = None,
     data_files: DataFiles = None,
     split: str = "train",
     text_column: str = "text",
-    size: int = 800_000,
-    proportions: tuple[float, ...] = PROPORTIONS,
-    score: Score = "pmi",
-    count_weight: float = 1.0,
-    min_count: int = 11,
-    lowercase: bool = True,
-    strip_accents: bool = True,
-    punctuation: Punctuation = "break",
-    deduplicate: Deduplicate | None = None,
-    memory_limit: str = "2GB",
     spill_dir: str | None = None,
-    engine: Engines = "numpy",
+    figures: str | None = None,
+    **settings: Any,
 ) -> None:
     """Count the n-grams of a corpus, take the best, write them to a file and show some.
 
     Args:
-        data: Hub id, folder or file of a data set of texts, or an embedded one: glosses, wikipedia or shakespeare.
+        data: Hub id, folder or file of a data set of texts, or an embedded one: glosses, wikipedia or shakespeare; or
+            several sources, such as '[{dataset: wikimedia/wikipedia, config_name: 20231101.en}, {dataset: books/}]'.
         out: File to write: ``.parquet`` with counts and scores, or text with an n-gram a line.
         config_name: Configuration of a hub dataset.
         revision: Branch, tag or commit of a hub dataset.
         data_files: Files to read, by split or all for ``train``.
-        split: Part to count, with slices such as ``train[:10%]``.
+        split: Part to count, with slices such as ``train[:10%]``; of several sources that of each.
         text_column: Column of texts.
-        size: N-grams wanted.
-        proportions: Shares of lengths 2, 3, ...
-        score: What ranks the n-grams of a length.
-        count_weight: Factor of log p(w_1..w_n): 1 as in the paper, 2 as in the released lists.
-        min_count: Fewest occurrences.
-        lowercase: Whether case is dropped.
-        strip_accents: Whether accents are dropped.
-        punctuation: Whether a punctuation mark breaks n-grams, or is a word of them.
-        deduplicate: Whether to leave out a paragraph (line), or a document, that has occurred before.
-        memory_limit: Bytes to count in, such as 2GB.
-        spill_dir: Folder for what exceeds them; a run that was stopped goes on from it.
-        engine: What counts: numpy, or duckdb or daft (extra scale).
+        spill_dir: Folder for what exceeds the memory; a run that was stopped goes on from it.
+        figures: Folder for pictures: scores by rank, coverage by size, and Naive-PMI against PMI.
+        settings: The arguments of `VocabularySettings`.
     """
+    wanted = VocabularySettings(**settings)
     if not Path(out).resolve().parent.is_dir():
         raise ValueError(f"out must be a file in a folder that exists, got {out}")
-    texts = _texts(data, config_name, revision, data_files, split, text_column)
-    vocabulary = MaskingVocabulary.build(
-        texts,
-        size=size,
-        proportions=proportions,
-        score=score,
-        count_weight=count_weight,
-        min_count=min_count,
-        lowercase=lowercase,
-        strip_accents=strip_accents,
-        punctuation=punctuation,
-        deduplicate=deduplicate,
-        memory_limit=memory_limit,
-        spill_dir=spill_dir,
-        engine=engine,
-        progress_bar=True,
-    )
+    if figures is not None:
+        Path(figures).mkdir(parents=True, exist_ok=True)
+    own = TextSource(data, config_name, revision, data_files, text_column)
+    sources = data if isinstance(data, list) else [own]
+    for source in sources:
+        source.prepare()
+    corpus = read_corpora(sources, {"split": split})["split"]
+    table, words = wanted.count(corpus, spill_dir=spill_dir, progress_bar=True)
+    vocabulary = wanted.rank(table, words)
     vocabulary.save(out)
     print(summary(vocabulary))
     print(f"wrote {len(vocabulary):,} n-grams to {out}")
+    if figures is not None:
+        for name, figure in draw(vocabulary, wanted, table, words, list(islice(corpus, _COVERED))):
+            figure.savefig(Path(figures) / f"{name}.png", dpi=120)
+            print(f"drew {Path(figures) / name}.png")
 
 
 def summary(vocabulary: MaskingVocabulary, shown: int = _SHOWN) -> str:
@@ -106,18 +93,38 @@ def summary(vocabulary: MaskingVocabulary, shown: int = _SHOWN) -> str:
     )
 
 
-def _texts(data: str, *source: Any) -> Iterator[str]:
-    config_name, revision, data_files, split, text_column = source
-    if data == "glosses":
-        yield from load_glosses()["train"]["text"]
-    elif data == "wikipedia":
-        for article in load_wikipedia_sample():
-            yield "\n".join(paragraph["text"] for paragraph in article["paragraphs"])
-    elif data == "shakespeare":
-        yield from load_shakespeare()["text"]
-    else:
-        prepare_tables(data, config_name, revision, data_files)
-        table = select_split(read_tables(data, config_name, revision, data_files), split, "split")
-        check_columns(table, {"text_column": text_column}, data)
-        for begin in range(0, len(table), _READ):
-            yield from table[begin : begin + _READ][text_column]
+def draw(
+    vocabulary: MaskingVocabulary,
+    settings: VocabularySettings,
+    table: NgramTable,
+    words: Sequence[str],
+    texts: Sequence[str],
+) -> Iterator[tuple[str, Figure]]:
+    """Yield the pictures of a vocabulary, each with its name.
+
+    Args:
+        vocabulary: What has been built.
+        settings: How it was built.
+        table: The frequent n-grams that it was chosen of.
+        words: What their word ids stand for.
+        texts: What coverage is drawn of.
+    """
+    entries, scores, lengths = (vocabulary.table[name].to_numpy() for name in ("words", "score", "n"))
+    found = np.unique(lengths).tolist()
+    yield "ranks", draw_ranks({n: scores[lengths == n] for n in found}, {n: entries[lengths == n] for n in found})
+    sizes = np.unique(np.geomspace(min(100, len(vocabulary)), len(vocabulary), _SIZES).astype(int)).tolist()
+    split = [hash_words(vocabulary.splitter.split(text)) for text in texts]
+    hashes, run = np.concatenate(split), np.repeat(np.arange(len(split)), [len(own) for own in split])
+    shares: dict[str, list[float]] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a length has fewer has been told
+        for name, score in _RANKINGS.items():
+            ranked = (replace(settings, score=score, size=size).rank(table, words) for size in sizes)
+            shares[name] = [float((each.covering(hashes, run) > 0).mean()) for each in ranked]
+    yield "coverage", draw_coverage(sizes, shares)
+    spelling = np.array(words, dtype=object)
+    for n in range(3, table.max_n + 1):  # of pairs the two are one
+        names = [" ".join(row) for row in spelling[table.ngrams(n)]]
+        if names:
+            figure = draw_naive_against_pmi(naive_pmi_score(table, n), pmi_score(table, n), names, n)
+            yield f"naive_pmi_against_pmi_{n}", figure

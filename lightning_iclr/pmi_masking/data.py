@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
+from uuid import uuid4
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -22,14 +27,14 @@ from lightning_iclr.pmi_masking.collator import (
     SpanMaskingCollator,
     WholeWordCollator,
 )
+from lightning_iclr.pmi_masking.corpora import Corpus, TextSource, read_corpora
 from lightning_iclr.pmi_masking.packing import Packer
-from lightning_iclr.pmi_masking.scores import Score
 from lightning_iclr.pmi_masking.spans import RandomSpanCollator
 from lightning_iclr.pmi_masking.streams import append
 from lightning_iclr.pmi_masking.tokenizers import load_tokenizer, train_wordpiece
-from lightning_iclr.pmi_masking.vocabulary import PROPORTIONS, MaskingVocabulary
+from lightning_iclr.pmi_masking.vocabulary import MaskingVocabulary, VocabularySettings
 from lightning_iclr.sampling import ResumableLoader, SampleKey
-from lightning_iclr.tables import DataFiles, check_columns, prepare_tables, read_tables, select_split
+from lightning_iclr.tables import DataFiles
 
 if TYPE_CHECKING:  # importing datasets takes over a second
     from datasets import Dataset as Table
@@ -37,7 +42,20 @@ if TYPE_CHECKING:  # importing datasets takes over a second
 
 Masking = Literal["pmi", "whole_word", "random_span", "random_token"]
 Split = Literal["train", "val", "test"]
+_MASKINGS: dict[str, MakeCollator] = {
+    "pmi": PMIMaskingCollator,
+    "whole_word": WholeWordCollator,
+    "random_span": RandomSpanCollator,
+    "random_token": RandomTokenCollator,
+}
 _BATCH = 1000  # texts that are tokenized at once
+
+
+class MakeCollator(Protocol):
+    """A masking that wants a tokenizer: a class of collators, or one with some of its arguments given."""
+
+    def __call__(self, tokenizer: Any, /, *, seed: int) -> SpanMaskingCollator:
+        """Return the collator."""
 
 
 class MaskedTextDataModule(LightningDataModule):
@@ -48,28 +66,25 @@ class MaskedTextDataModule(LightningDataModule):
     here are kept under ``cache_dir``, by the content of the texts and the settings, and made once.
 
     Args:
-        dataset: Hub id, folder, file, or, in Python, a ``Dataset`` or ``DatasetDict``.
-        masking: What is masked: n-grams of ``vocabulary`` and words, ``whole_word``, ``random_span`` or
-            ``random_token``.
-        vocabulary: File of the n-grams for ``pmi``; ``None`` builds one of the training texts.
-        vocabulary_size: N-grams of the vocabulary that is built.
-        vocabulary_score: What ranks them: ``pmi``, ``naive_pmi`` or ``frequency``.
-        vocabulary_proportions: Shares of lengths 2, 3, ...
-        min_count: Fewest occurrences of an n-gram that is built in.
+        dataset: Hub id, folder, file, or an embedded corpus (``glosses``, ``wikipedia``, ``shakespeare``), or several
+            sources, whose texts are served together; in Python also a ``Dataset`` or ``DatasetDict``.
+        masking: ``pmi`` (n-grams of a vocabulary and words), ``whole_word``, ``random_span`` or ``random_token``, each
+            as its class has it; or the class of a collator with arguments of its own, such as ``mlm_probability``.
+            Batches have ``unit_ids``, but for sentinels.
+        vocabulary: File of the n-grams for a `PMIMaskingCollator` without any; ``None`` builds them of the training
+            texts.
+        vocabulary_settings: How they are built.
         tokenizer: Name or folder of a tokenizer of ``transformers``, a ``tokenizer.json`` or, in Python, a tokenizer;
             ``None`` trains an uncased WordPiece on the training texts, as the paper does.
         tokenizer_size: Pieces of the tokenizer that is trained.
         config_name: Configuration of a hub dataset.
         revision: Branch, tag or commit of a hub dataset.
         data_files: Files to read, by split or all for ``train``.
-        train_split: Training part, with slices and sums.
+        train_split: Training part, with slices and sums; of several sources that of each.
         val_split: Validation part, likewise.
         test_split: Test part, likewise; ``None`` for none.
         text_column: Column of texts.
         sequence_length: Tokens of a row.
-        mlm_probability: Share of a row's tokens that is predicted.
-        mask_replace_prob: Chance that a chosen unit becomes masks.
-        random_replace_prob: Chance that it becomes random tokens.
         batch_size: Rows that one process takes at a step.
         eval_batch_size: The same in evaluation.
         seed: Seed of orders and masks.
@@ -77,19 +92,18 @@ class MaskedTextDataModule(LightningDataModule):
         cache_dir: Folder for what is made once; ``None`` for one in the cache of ``datasets``.
 
     Raises:
-        ValueError: A number is outside its range, or ``masking`` is unknown.
+        ValueError: A number is outside its range, ``masking`` is unknown, or of several sources one is none, or
+            arguments tell how to read another.
+        FileNotFoundError: There is no file ``vocabulary``.
     """
 
     def __init__(
         self,
-        dataset: str | Table | DatasetDict,
+        dataset: str | list[TextSource] | Table | DatasetDict | Callable[[], DatasetDict],
         *,
-        masking: Masking = "pmi",
+        masking: Masking | MakeCollator = "pmi",
         vocabulary: str | None = None,
-        vocabulary_size: int = 800_000,
-        vocabulary_score: Score = "pmi",
-        vocabulary_proportions: Sequence[float] = PROPORTIONS,
-        min_count: int = 11,
+        vocabulary_settings: VocabularySettings = VocabularySettings(),  # noqa: B008  (frozen)
         tokenizer: Any = None,
         tokenizer_size: int = 30_000,
         config_name: str | None = None,
@@ -100,9 +114,6 @@ class MaskedTextDataModule(LightningDataModule):
         test_split: str | None = None,
         text_column: str = "text",
         sequence_length: int = 512,
-        mlm_probability: float = 0.15,
-        mask_replace_prob: float = 0.8,
-        random_replace_prob: float = 0.1,
         batch_size: int = 32,
         eval_batch_size: int = 64,
         seed: int = 0,
@@ -110,58 +121,56 @@ class MaskedTextDataModule(LightningDataModule):
         cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        for name, number in (
-            ("vocabulary_size", vocabulary_size),
-            ("min_count", min_count),
-            ("tokenizer_size", tokenizer_size),
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
+        for name, number, least in (
+            ("tokenizer_size", tokenizer_size, 1),
+            ("sequence_length", sequence_length, 3),
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
         ):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
-        if sequence_length < 3:
-            raise ValueError(f"sequence_length must be at least 3, got {sequence_length}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be 0 or more, got {num_workers}")
-        if masking not in ("pmi", "whole_word", "random_span", "random_token"):
-            raise ValueError(f"masking must be 'pmi', 'whole_word', 'random_span' or 'random_token', got {masking!r}")
-        self.dataset, self.masking = dataset, masking
-        self.vocabulary, self.vocabulary_size, self.min_count = vocabulary, vocabulary_size, min_count
-        self.vocabulary_score, self.vocabulary_proportions = vocabulary_score, tuple(vocabulary_proportions)
+            if number < least:
+                raise ValueError(f"{name} must be at least {least}, got {number}")
+        if not callable(masking) and masking not in _MASKINGS:
+            raise ValueError(f"masking must be one of {', '.join(_MASKINGS)} or a class of collators, got {masking!r}")
+        if vocabulary is not None and not Path(vocabulary).is_file():
+            raise FileNotFoundError(f"vocabulary must be a file, such as pmi-vocabulary writes, got {vocabulary}")
+        own = TextSource(dataset, config_name, revision, data_files, text_column)
+        if isinstance(dataset, list):
+            _check_sources(dataset, own)
+        self.sources = dataset if isinstance(dataset, list) else [own]
+        self.make_collator: MakeCollator = masking if callable(masking) else _MASKINGS[masking]
+        self.vocabulary, self.vocabulary_settings = vocabulary, vocabulary_settings
         self.tokenizer_source, self.tokenizer_size = tokenizer, tokenizer_size
-        self.source = (config_name, revision, data_files)
         self.splits: dict[Split, str | None] = {"train": train_split, "val": val_split, "test": test_split}
-        self.text_column, self.sequence_length = text_column, sequence_length
-        self.masks = {
-            "mlm_probability": mlm_probability,
-            "mask_replace_prob": mask_replace_prob,
-            "random_replace_prob": random_replace_prob,
-        }
+        self.sequence_length = sequence_length
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.num_workers, self.cache_dir = num_workers, cache_dir
         self.rows: dict[Split, PackedRows] = {}
 
     def prepare_data(self) -> None:
         """Download, train the tokenizer, build the vocabulary and tokenize, each where it is not done yet."""
-        if isinstance(self.dataset, str):
-            prepare_tables(self.dataset, *self.source)
-        tables = self._tables()
-        tokenizer = self._tokenizer(tables["train"])
-        if self.masking == "pmi" and self.vocabulary is None:
-            self._vocabulary(tables["train"])
-        for split, table in tables.items():
-            self._pack(table, tokenizer, split)
+        # Any tokenizer tells what is wrong with the masking's arguments, and that before hours of work.
+        stand_in = load_tokenizer("embedded" if self.tokenizer_source is None else self.tokenizer_source)
+        wants_vocabulary = _wants_vocabulary(self.make_collator(stand_in, seed=self.seed))
+        for source in self.sources:
+            source.prepare()
+        corpora = self._corpora()
+        tokenizer = self._tokenizer(corpora["train"])
+        if wants_vocabulary:
+            self._vocabulary(corpora["train"])
+        for split, corpus in corpora.items():
+            self._pack(corpus, tokenizer, split)
 
     def setup(self, stage: str | None = None) -> None:
         """Read what has been prepared."""
         if self.rows:
             return
-        tables = self._tables()
-        self.tokenizer = self._tokenizer(tables["train"])
-        self.collator = self._collator(tables["train"])
+        corpora = self._corpora()
+        self.tokenizer = self._tokenizer(corpora["train"])
+        self.collator = self._collator(self.tokenizer, corpora["train"])
         self.rows = {
-            split: PackedRows(self._pack(table, self.tokenizer, split), anew=split == "train")
-            for split, table in tables.items()
+            split: PackedRows(self._pack(corpus, self.tokenizer, split), anew=split == "train")
+            for split, corpus in corpora.items()
         }
 
     def train_dataloader(self) -> ResumableLoader:
@@ -195,91 +204,64 @@ class MaskedTextDataModule(LightningDataModule):
             num_workers=self.num_workers,
         )
 
-    def _tables(self) -> dict[Split, Table]:
-        tables = read_tables(self.dataset, *self.source)
-        found: dict[Split, Table] = {}
-        for split, spec in self.splits.items():
-            if spec is not None:
-                found[split] = select_split(tables, spec, f"{split}_split")
-                check_columns(found[split], {"text_column": self.text_column}, f"{split}_split")
-        return found
+    def _corpora(self) -> dict[Split, Corpus]:
+        found = read_corpora(self.sources, {f"{split}_split": spec for split, spec in self.splits.items()})
+        return {split: found[f"{split}_split"] for split, spec in self.splits.items() if spec is not None}
 
-    def _tokenizer(self, train: Table) -> Any:
+    def _tokenizer(self, train: Corpus) -> Any:
         if self.tokenizer_source is not None:
             return load_tokenizer(self.tokenizer_source)
         folder = self._cached(train, "wordpiece", {"size": self.tokenizer_size})
         if not folder.exists():
             rank_zero_info(f"training a WordPiece tokenizer of {self.tokenizer_size:,} pieces")
-            partial = _partial(folder)
-            train_wordpiece(self._texts(train), self.tokenizer_size).save_pretrained(partial)
-            partial.rename(folder)
+            with _finish(folder) as partial:
+                train_wordpiece(train, self.tokenizer_size).save_pretrained(partial)
         return load_tokenizer(str(folder))
 
-    def _vocabulary(self, train: Table) -> MaskingVocabulary:
+    def _collator(self, tokenizer: Any, train: Corpus) -> SpanMaskingCollator:
+        collator = self.make_collator(tokenizer, seed=self.seed)
+        collator.return_unit_ids = collator.sentinels is None
+        if _wants_vocabulary(collator):
+            collator.set_vocabulary(self._vocabulary(train))
+        return collator
+
+    def _vocabulary(self, train: Corpus) -> str:
+        """Return the vocabulary's file, and make that of the training texts where none is given."""
         if self.vocabulary is not None:
-            return MaskingVocabulary.from_file(self.vocabulary)
-        settings = {
-            "size": self.vocabulary_size,
-            "proportions": self.vocabulary_proportions,
-            "score": self.vocabulary_score,
-            "min_count": self.min_count,
-        }
+            return self.vocabulary
+        settings = {**asdict(self.vocabulary_settings), "memory_limit": None, "engine": None}  # any give the same
         path = self._cached(train, "vocabulary", settings).with_suffix(".parquet")
         if not path.exists():
-            built = MaskingVocabulary.build(self._texts(train), **settings, progress_bar=True)  # type: ignore[arg-type]
+            built = MaskingVocabulary.build(train, **asdict(self.vocabulary_settings), progress_bar=True)
             built.save(path)
-        return MaskingVocabulary.from_file(path)
+        return str(path)
 
-    def _collator(self, train: Table) -> SpanMaskingCollator:
-        options: dict[str, Any] = {**self.masks, "seed": self.seed, "return_unit_ids": True}
-        if self.masking == "pmi":
-            return PMIMaskingCollator(self.tokenizer, self._vocabulary(train), **options)
-        kinds: dict[str, Callable[..., SpanMaskingCollator]] = {
-            "whole_word": WholeWordCollator,
-            "random_span": RandomSpanCollator,
-            "random_token": RandomTokenCollator,
-        }
-        return kinds[self.masking](self.tokenizer, **options)
-
-    def _pack(self, table: Table, tokenizer: Any, split: Split) -> Path:
+    def _pack(self, corpus: Corpus, tokenizer: Any, split: Split) -> Path:
         """Return the folder of a part's rows, and make it where there is none."""
         own = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest()
-        folder = self._cached(table, f"rows-{split}", {"length": self.sequence_length, "tokenizer": own})
+        folder = self._cached(corpus, f"rows-{split}", {"length": self.sequence_length, "tokenizer": own})
         if folder.exists():
             return folder
-        partial = _partial(folder)
-        partial.mkdir(parents=True)
-        packer = Packer(self.sequence_length, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
-        ids = _tokenized(self._texts(table), tokenizer, len(table), f"tokenizing {split}")
-        for tokens, documents in packer.pack(ids):
-            append(partial / "tokens.int32", tokens)
-            append(partial / "documents.int16", documents)
-        if not any(partial.iterdir()):
-            raise ValueError(f"{split}_split has no text with a token in column {self.text_column!r}")
-        (partial / "length").write_text(str(self.sequence_length))
-        partial.rename(folder)
+        end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+        packer = Packer(self.sequence_length, tokenizer.cls_token_id, end, tokenizer.pad_token_id)
+        ids = _tokenized(corpus, tokenizer, f"tokenizing {split}")
+        with _finish(folder) as partial:
+            for tokens, documents in packer.pack(ids):
+                append(partial / "tokens.int32", tokens)
+                append(partial / "documents.int16", documents)
+            if not any(partial.iterdir()):
+                raise ValueError(f"{split}_split has no text with a token")
+            (partial / "length").write_text(str(self.sequence_length))
         return folder
 
-    def _texts(self, table: Table) -> Iterator[str]:
-        for begin in range(0, len(table), _BATCH):
-            yield from table[begin : begin + _BATCH][self.text_column]
-
-    def _cached(self, table: Table, kind: str, settings: dict[str, Any]) -> Path:
+    def _cached(self, corpus: Corpus, kind: str, settings: dict[str, Any]) -> Path:
         from datasets import config
 
         root = Path(self.cache_dir) if self.cache_dir is not None else Path(config.HF_DATASETS_CACHE) / "lightning_iclr"
-        key = {"texts": self._content(table), "column": self.text_column, **settings}
+        key = {"texts": corpus.fingerprint, **settings}
         digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
         root.mkdir(parents=True, exist_ok=True)
         return root / f"{kind}-{digest}"
-
-    def _content(self, table: Table) -> str:
-        if table.cache_files:  # the library's own fingerprint tells these apart, and to read them takes minutes
-            return str(table._fingerprint)
-        content = hashlib.blake2b(digest_size=16)
-        for text in self._texts(table):
-            content.update(text.encode() + b"\0")
-        return content.hexdigest()
 
 
 class PackedRows(Dataset[dict[str, Any]]):
@@ -314,22 +296,39 @@ class PackedRows(Dataset[dict[str, Any]]):
         }
 
 
-def _tokenized(texts: Iterator[str], tokenizer: Any, total: int, title: str) -> Iterator[list[int]]:
-    with tqdm(total=total, desc=title, unit="text", disable=total < 20 * _BATCH) as bar:
-        batch: list[str] = []
-        for text in texts:
-            batch.append(text)
-            if len(batch) == _BATCH:
-                yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-                bar.update(len(batch))
-                batch = []
-        if batch:
+def _check_sources(sources: list[Any], own: TextSource) -> None:
+    if not sources or not all(isinstance(source, TextSource) for source in sources):
+        kinds = ", ".join(type(source).__name__ for source in sources) or "none"
+        raise ValueError(f"dataset must be one or more TextSource where it is a list, got {kinds}")
+    for name in ("config_name", "revision", "data_files", "text_column"):
+        value = getattr(own, name)
+        if value != getattr(TextSource(None), name):
+            raise ValueError(f"{name} must be an argument of each source where dataset is a list, got {value!r} beside")
+
+
+def _tokenized(corpus: Corpus, tokenizer: Any, title: str) -> Iterator[list[int]]:
+    texts = iter(corpus)
+    with tqdm(total=len(corpus), desc=title, unit="text", disable=len(corpus) < 20 * _BATCH) as bar:
+        while batch := list(islice(texts, _BATCH)):
             yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
             bar.update(len(batch))
 
 
-def _partial(path: Path) -> Path:
-    """Return an unused name beside a path, for what is not finished."""
-    import os
+def _wants_vocabulary(collator: SpanMaskingCollator) -> TypeGuard[PMIMaskingCollator]:
+    return isinstance(collator, PMIMaskingCollator) and collator.vocabulary is None
 
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+@contextmanager
+def _finish(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, which then gets its name, or is dropped where another process was first."""
+    partial = folder.with_name(f"{folder.name}.{uuid4().hex}.partial")  # two machines may have the same process id
+    partial.mkdir()
+    try:
+        yield partial
+        try:
+            partial.rename(folder)
+        except OSError:  # of a folder that is there and not empty, which errno it is depends on the file system
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

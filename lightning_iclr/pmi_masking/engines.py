@@ -13,7 +13,8 @@ from lightning_iclr.pmi_masking.streams import Stream, append, collapsed
 
 _IDS = np.dtype(np.int32)
 _RUN = np.dtype([("key", "<i8"), ("count", "<i4")])  # occurrences of a pair in one chunk
-_BYTES = 64  # that work on one position, or on one run, takes at most
+_BYTES = 128  # that work on one position, or on one run, takes at most, with what the allocator keeps
+_LEAST = 1 << 15  # positions of a chunk: with fewer, files would be opened more often than numbers are counted
 
 
 class Engine(Protocol):
@@ -66,7 +67,7 @@ class NumpyEngine:
     """Sort pairs, chunk by chunk; counts of many chunks meet on disk, in parts that fit the memory."""
 
     def __init__(self, folder: Path, room: int) -> None:
-        self.folder, self.chunk = folder, room // _BYTES
+        self.folder, self.room, self.chunk = folder, room, room // _BYTES
         self.in_memory = room // 8
         self.size = 0
         self._before: Stream | None = None
@@ -91,7 +92,11 @@ class NumpyEngine:
             unique, counts = unique[often], counts[often]
         else:
             unique, counts = self._count_on_disk(min_count)
-        return np.stack(np.divmod(unique, max(self.size, 1)), axis=1).astype(_IDS), counts.astype(np.int64)
+        pairs = np.empty((len(unique), 2), _IDS)
+        pairs[:, 0], pairs[:, 1] = unique // max(self.size, 1), unique % max(self.size, 1)
+        self.room -= pairs.nbytes + counts.nbytes  # the caller keeps them
+        self.chunk = min(self.chunk, max(_LEAST, self.room // _BYTES))
+        return pairs, counts
 
     def relabel(self, pairs: np.ndarray) -> None:
         """Go on to the next length."""
@@ -185,16 +190,26 @@ class NumpyEngine:
             runs = runs[order]
             for number in range(parts):
                 append(folder / str(number), runs[bounds[number] : bounds[number + 1]])
-        found: list[np.ndarray] = []
+        found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for number in range(parts):
             path = folder / str(number)
             runs = np.fromfile(path, _RUN)
             path.unlink()
-            found.append(_merged(runs, min_count))
+            for held, values in zip(found, _merged(runs, min_count), strict=True):
+                held.append(values)
         folder.rmdir()
-        merged = np.concatenate(found)
-        order = np.argsort(merged["key"])
-        return merged["key"][order], merged["count"][order]
+        return _in_order(*found)
+
+
+def _in_order(keys: list[np.ndarray], sums: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Join keys and their sums, ascending, and empty both lists: a table fills much of a small memory."""
+    joined = np.concatenate(keys)
+    keys.clear()
+    order = np.argsort(joined)
+    joined.sort()
+    added = np.concatenate(sums)
+    sums.clear()
+    return joined, added[order]
 
 
 def _scattered(keys: np.ndarray, parts: int) -> np.ndarray:
@@ -203,16 +218,13 @@ def _scattered(keys: np.ndarray, parts: int) -> np.ndarray:
     return ((mixed >> np.uint64(32)) * np.uint64(parts) >> np.uint64(32)).astype(np.uint16 if parts < 2**16 else _IDS)
 
 
-def _merged(runs: np.ndarray, min_count: int) -> np.ndarray:
-    """Add up runs of the same key and return those that are frequent."""
-    merged = np.dtype([("key", "<i8"), ("count", "<i8")])
+def _merged(runs: np.ndarray, min_count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Add up runs of the same key and return the frequent keys, and their counts."""
     if not len(runs):
-        return np.empty(0, merged)
+        return np.empty(0, np.int64), np.empty(0, np.int64)
     order = np.argsort(runs["key"])
     keys, counts = runs["key"][order], runs["count"][order]
     begins = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
     sums = np.add.reduceat(counts, begins, dtype=np.int64)
     often = sums >= min_count
-    result = np.empty(int(often.sum()), merged)
-    result["key"], result["count"] = keys[begins][often], sums[often]
-    return result
+    return keys[begins[often]], sums[often]

@@ -10,6 +10,7 @@ import numpy as np
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _WORD_BASE = np.uint64(0xC2B2AE3D27D4EB4F)
+NO_WORD = np.uint64(0)  # in place of a word's hash: no n-gram with it is in a set
 LONGEST_WORD = 4096  # characters; none that is longer matches
 _POWERS = np.cumprod(np.where(np.arange(LONGEST_WORD) > 0, _BASE, np.uint64(1)))
 

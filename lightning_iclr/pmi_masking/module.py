@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,16 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_iclr.hyperparameters import save_hyperparameters
-from lightning_iclr.pmi_masking.model import Masked, make_network, param_groups, run_at
+from lightning_iclr.pmi_masking.model import (
+    Masked,
+    is_encoder_decoder,
+    make_network,
+    param_groups,
+    repeated_layers,
+    run_at,
+)
 from lightning_iclr.sampling import seed_step
+from lightning_iclr.sharding import shard_blocks
 
 LONGEST_UNIT = 6  # tokens; losses of longer units are logged together
 
@@ -29,7 +38,8 @@ class MaskedLM(LightningModule):
 
     Args:
         net: A masked language model of ``transformers``, or any network that returns ``logits``; the settings of a
-            model that starts from scratch, with ``model_type``; or the name or folder of a pretrained one.
+            model that starts from scratch, with ``model_type``; or the name or folder of a pretrained one. A model with
+            a decoder, such as T5, learns from batches of sentinels.
         optimizer: Builds the optimizer from parameter groups; weight decay does not reach biases and norms, as in BERT.
         lr_scheduler: Builds the schedule from the optimizer; stepped after every optimizer step.
         seed: Seed of dropout.
@@ -78,7 +88,9 @@ class MaskedLM(LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         masked = self.predict_masked(batch)
         losses = F.cross_entropy(masked.logits.float(), masked.labels, reduction="none")
-        loss = losses.mean()
+        count = torch.tensor(float(len(losses)), device=losses.device)
+        # A token weighs the same in whichever process: Lightning averages the processes' gradients.
+        loss = losses.sum() / self.trainer.strategy.reduce(count, reduce_op="mean")
         self.log("train/loss", loss, prog_bar=True, batch_size=len(masked.labels))
         if masked.lengths is not None and self._logs_now():
             self._log_by_length(losses.detach(), masked.lengths)
@@ -91,10 +103,12 @@ class MaskedLM(LightningModule):
         self._evaluate(batch, "test", self.test_metrics)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the tokens (B, L) with the likeliest in place of what is predicted."""
-        masked = self.predict_masked(batch)
+        """Return the tokens (B, L) with the likeliest in place of what is predicted; of a decoder its target."""
+        masked, labels = self.predict_masked(batch), batch["labels"]
         tokens = batch["input_ids"].clone()
-        tokens[batch["labels"] != -100] = masked.logits.argmax(dim=-1)
+        if is_encoder_decoder(self.net):
+            tokens = torch.full_like(labels, self.net.config.pad_token_id)  # type: ignore[union-attr, arg-type]
+        tokens[labels != -100] = masked.logits.argmax(dim=-1)
         return tokens
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
@@ -117,9 +131,14 @@ class MaskedLM(LightningModule):
             tokenizer.save_pretrained(folder)
 
     def configure_model(self) -> None:
-        if not self.is_configured and self.compile_net:
-            self.net.compile()
+        if self.is_configured:
+            return
         self.is_configured = True
+        if self.device_mesh is not None:  # what a head returns is a view, which nothing here changes in place
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        shard_blocks(self.net, repeated_layers(self.net), self.device_mesh)
+        if self.compile_net:
+            self.net.compile()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(param_groups(self.net))

@@ -1,7 +1,8 @@
 """Pack texts into rows of one length, each as if it were alone in its row.
 
-A text's piece is written as ``[CLS] tokens [SEP]``. With `attention_mask_of` and `positions_of` a network attends
-within a piece only and counts its positions from 0, so that a packed text gets the outputs that it gets alone.
+A text's piece is written as ``[CLS] tokens [SEP]``, or, without a ``[CLS]``, as T5's ``tokens </s>``. With
+`attention_mask_of` and `positions_of` a network attends within a piece only and counts its positions from 0, so that a
+packed text gets the outputs that it gets alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Packer:
 
     Args:
         length: Tokens of a row.
-        begin: Token id before each piece, ``[CLS]``.
+        begin: Token id before each piece, ``[CLS]``; ``None`` for none, as T5 has it.
         end: Token id after each piece, ``[SEP]``.
         padding: Token id of padding.
 
@@ -37,27 +38,28 @@ class Packer:
         [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, 0, 0, 0, 0, -1, -1]]
     """
 
-    def __init__(self, length: int, begin: int, end: int, padding: int) -> None:
+    def __init__(self, length: int, begin: int | None, end: int, padding: int) -> None:
         if length < 3:
             raise ValueError(f"length must be at least 3, for a token between [CLS] and [SEP], got {length}")
-        self.length, self.begin, self.end, self.padding = length, begin, end, padding
+        self.length, self.end, self.padding = length, end, padding
+        self.begin = [] if begin is None else [begin]
 
     def pack(self, texts: Iterable[Sequence[int]], rows_at_once: int = 4096) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield tokens (R, L) and the number of each token's text in its row (R, L), -1 for padding."""
         rows: list[list[Sequence[int]]] = []
-        left = 0
+        left, extra = 0, len(self.begin) + 1
         for text in texts:
             rest = text
             while len(rest):
-                if len(rest) + 2 > left and (len(text) + 2 <= self.length or left < 3):
+                if len(rest) + extra > left and (len(text) + extra <= self.length or left <= extra):
                     if len(rows) == rows_at_once:
                         yield self._write(rows)
                         rows = []
                     rows.append([])
                     left = self.length
-                piece, rest = rest[: left - 2], rest[left - 2 :]
+                piece, rest = rest[: left - extra], rest[left - extra :]
                 rows[-1].append(piece)
-                left -= len(piece) + 2
+                left -= len(piece) + extra
         if rows:
             yield self._write(rows)
 
@@ -67,9 +69,9 @@ class Packer:
         for row, pieces in enumerate(rows):
             place = 0
             for number, piece in enumerate(pieces):
-                stop = place + len(piece) + 2
-                tokens[row, place], tokens[row, stop - 1] = self.begin, self.end
-                tokens[row, place + 1 : stop - 1] = piece
+                written = [*self.begin, *piece, self.end]
+                stop = place + len(written)
+                tokens[row, place:stop] = written
                 documents[row, place:stop] = number
                 place = stop
         return tokens, documents

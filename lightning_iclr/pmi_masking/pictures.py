@@ -116,23 +116,33 @@ def draw_coverage(sizes: ArrayLike, shares: Mapping[str, ArrayLike]) -> Figure:
     return figure
 
 
-def draw_unit_lengths(lengths: Mapping[str, ArrayLike]) -> Figure:
-    """Draw how many tokens the units have, in shares of all units, for each masking.
+def draw_unit_lengths(units: Mapping[str, tuple[ArrayLike, ArrayLike]], probability: float) -> Figure:
+    """Draw which share of all units has 1, 2, ... tokens, and which share of those is chosen, for each masking.
 
     Args:
-        lengths: Tokens of each unit, by the masking's name.
+        units: Of each length in tokens, the last with all longer ones, how many there are and how many are chosen, each
+            (L,); by the masking's name.
+        probability: Share of tokens that is chosen.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    most = min(10, max(int(np.max(np.asarray(own))) for own in lengths.values()))
-    width = 0.8 / len(lengths)
-    for number, (name, own) in enumerate(lengths.items()):
-        counts = np.bincount(np.minimum(np.asarray(own), most), minlength=most + 1)[1:]
-        place = np.arange(1, most + 1) + (number - (len(lengths) - 1) / 2) * width
-        axis.bar(place, 100 * counts / counts.sum(), width, color=COLOURS[number % len(COLOURS)], label=name)
-    axis.set(xlabel=f"tokens of the unit (the last: {most} or more)", ylabel="units (%)", yscale="log")
-    axis.set_xticks(np.arange(1, most + 1))
-    axis.legend(frameon=False)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    lengths, rates = figure.subplots(1, 2)
+    width = 0.8 / len(units)
+    for number, (name, counts) in enumerate(units.items()):
+        there, chosen = (np.asarray(own, np.float64) for own in counts)
+        place = np.arange(1, len(there) + 1) + (number - (len(units) - 1) / 2) * width
+        colour = COLOURS[number % len(COLOURS)]
+        lengths.bar(place, 100 * there / there.sum(), width, color=colour, label=name)
+        some = there > 0
+        bars = rates.bar(place[some], 100 * chosen[some] / there[some], width, color=colour, label=name)
+        rates.bar_label(bars, fmt="%.1f", fontsize=7, rotation=90, padding=2)
+    rates.axhline(100 * probability, color="#999999", linewidth=0.8)
+    lengths.set(ylabel="units (%)", yscale="log")
+    rates.set(ylabel="chosen (%)")
+    rates.margins(y=0.15)
+    for axis in (lengths, rates):
+        axis.set_xticks(np.arange(1, len(there) + 1))
+        axis.set_xlabel(f"tokens of the unit (the last: {len(there)} or more)")
+    lengths.legend(frameon=False)
     return figure
 
 

@@ -83,8 +83,13 @@ class SQLEngine(ABC):
         self.n += 1
 
     def keep(self, n: int) -> None:
-        """Check that the corpus is on disk, where it always is."""
-        assert n == self.n
+        """Check that the corpus is on disk, where it always is.
+
+        Raises:
+            RuntimeError: It is that of another length.
+        """
+        if n != self.n:
+            raise RuntimeError(f"the corpus on disk is of length {self.n}, and not {n}")
 
     def restore(self, n: int, size: int) -> None:
         """Read the corpus."""

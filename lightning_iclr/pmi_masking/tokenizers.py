@@ -26,7 +26,7 @@ def load_tokenizer(source: Any) -> Any:
             for the WordPiece that ships with this package.
 
     Raises:
-        ValueError: It has not all of BERT's special tokens but the unknown.
+        ValueError: It has neither all of BERT's special tokens but the unknown, nor T5's sentinels.
     """
     transformers = optional_import("transformers", "text")
     if not isinstance(source, (str, Path)):
@@ -40,7 +40,8 @@ def load_tokenizer(source: Any) -> Any:
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(source), **SPECIAL)
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(source))
-    for name in ("pad_token", "cls_token", "sep_token", "mask_token"):
+    t5 = "<extra_id_0>" in tokenizer.get_vocab()
+    for name in ("pad_token", "eos_token") if t5 else ("pad_token", "cls_token", "sep_token", "mask_token"):
         if getattr(tokenizer, f"{name}_id", None) is None:
             raise ValueError(f"tokenizer must have a {name}, and {source} has none")
     return tokenizer

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +19,100 @@ from tqdm.auto import tqdm
 from lightning_iclr.pmi_masking.hashing import HashSet, hash_words, join_words
 from lightning_iclr.pmi_masking.ngrams import Engines, NgramTable, count_ngrams
 from lightning_iclr.pmi_masking.scores import Score, frequency_score, naive_pmi_score, pmi_score
+from lightning_iclr.pmi_masking.spelling import unspellable
+from lightning_iclr.pmi_masking.streams import parse_size
 from lightning_iclr.pmi_masking.words import Deduplicate, Punctuation, TokenWords, WordIds, Words, WordSplitter
 
 PROPORTIONS = (0.5, 0.25, 0.125, 0.125)
 _SCHEMA = pa.schema([("words", pa.string()), ("n", pa.int8()), ("count", pa.int64()), ("score", pa.float64())])
 _METADATA = b"lightning_iclr.pmi_masking"
+
+
+@dataclass(frozen=True)
+class VocabularySettings:
+    """What a vocabulary that is built of texts holds.
+
+    Args:
+        size: N-grams wanted; the paper's 800,000.
+        proportions: Shares of ``size`` for lengths 2, 3, ...; as many as there are lengths.
+        score: What ranks the n-grams of a length: ``pmi`` by equation 3, ``naive_pmi`` by equation 2, or ``frequency``.
+        count_weight: Factor of log p(w_1..w_n) in the two; 1 is the paper's, 2 that of the released lists.
+        min_count: Fewest occurrences; the paper's "more than 10".
+        lowercase: Whether case is dropped.
+        strip_accents: Whether accents are dropped.
+        punctuation: Whether a punctuation mark breaks n-grams, or is a word of them.
+        deduplicate: Whether to leave out a paragraph (line), or a document, that has occurred before.
+        memory_limit: Bytes to count in, or a string such as 2GB.
+        engine: What counts: numpy, or duckdb or daft (extra scale).
+
+    Raises:
+        ValueError: A number is outside its range.
+    """
+
+    size: int = 800_000
+    proportions: Sequence[float] = PROPORTIONS
+    score: Score = "pmi"
+    count_weight: float = 1.0
+    min_count: int = 11
+    lowercase: bool = True
+    strip_accents: bool = True
+    punctuation: Punctuation = "break"
+    deduplicate: Deduplicate | None = None
+    memory_limit: int | str = "2GB"
+    engine: Engines = "numpy"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "proportions", tuple(self.proportions))
+        for name, number in (("size", self.size), ("min_count", self.min_count)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if not self.proportions or min(self.proportions) < 0 or abs(sum(self.proportions) - 1) > 1e-6:
+            raise ValueError(
+                f"proportions must be shares for lengths 2, 3, ... that add up to 1, got {list(self.proportions)}"
+            )
+        if self.score not in ("pmi", "naive_pmi", "frequency"):
+            raise ValueError(f"score must be 'pmi', 'naive_pmi' or 'frequency', got {self.score!r}")
+        if not self.count_weight > 0:
+            raise ValueError(f"count_weight must be positive, got {self.count_weight}")
+        parse_size(self.memory_limit)
+
+    def count(
+        self, texts: Iterable[str], *, spill_dir: str | Path | None = None, progress_bar: bool = False
+    ) -> tuple[NgramTable, list[str]]:
+        """Return the frequent n-grams of texts and the words that their numbers stand for.
+
+        Args:
+            texts: Documents.
+            spill_dir: See `count_ngrams`.
+            progress_bar: Whether to show progress.
+        """
+        ids = WordIds(WordSplitter(self.lowercase, self.strip_accents), self.punctuation, self.deduplicate)
+        read = tqdm(texts, desc="reading texts", unit="text", disable=not progress_bar)
+        table = count_ngrams(
+            ids.encode_all(read),
+            max_n=len(self.proportions) + 1,
+            min_count=self.min_count,
+            memory_limit=self.memory_limit,
+            spill_dir=spill_dir,
+            engine=self.engine,
+            progress_bar=progress_bar,
+        )
+        return table, ids.words
+
+    def rank(self, table: NgramTable, words: Sequence[str]) -> MaskingVocabulary:
+        """Return the best of each length of what `count` has returned."""
+        spelling = np.array(words, dtype=object)
+        parts = []
+        for n, share in enumerate(self.proportions, start=2):
+            places, scores = _best(table, n, round(self.size * share), self.score, self.count_weight)
+            columns = [
+                pa.array([" ".join(row) for row in spelling[table.ngrams(n)[places]]], pa.string()),
+                pa.array(np.full(len(places), n, np.int8)),
+                pa.array(table.counts[n - 1][places]),
+                pa.array(scores),
+            ]
+            parts.append(pa.Table.from_arrays(columns, schema=_SCHEMA))
+        return MaskingVocabulary(pa.concat_tables(parts), self.lowercase, self.strip_accents, self.punctuation)
 
 
 @dataclass(frozen=True)
@@ -55,71 +145,23 @@ class MaskingVocabulary:
         cls,
         texts: Iterable[str],
         *,
-        size: int = 800_000,
-        proportions: Sequence[float] = PROPORTIONS,
-        score: Score = "pmi",
-        count_weight: float = 1.0,
-        min_count: int = 11,
-        lowercase: bool = True,
-        strip_accents: bool = True,
-        punctuation: Punctuation = "break",
-        deduplicate: Deduplicate | None = None,
-        memory_limit: int | str = "2GB",
         spill_dir: str | Path | None = None,
-        engine: Engines = "numpy",
         progress_bar: bool = False,
+        **settings: Any,
     ) -> MaskingVocabulary:
         """Count the n-grams of texts and take the best of each length.
 
         Args:
             texts: Documents; no n-gram crosses from one to the next.
-            size: N-grams wanted; the paper's 800,000.
-            proportions: Shares of ``size`` for lengths 2, 3, ...; as many as there are lengths.
-            score: What ranks the n-grams of a length: ``pmi`` by equation 3, ``naive_pmi`` by equation 2, or
-                ``frequency``.
-            count_weight: Factor of log p(w_1..w_n) in the two; 1 is the paper's, 2 that of the released lists.
-            min_count: Fewest occurrences; the paper's "more than 10".
-            lowercase: Whether case is dropped.
-            strip_accents: Whether accents are dropped.
-            punctuation: Whether a punctuation mark breaks n-grams, or is a word of them.
-            deduplicate: Whether to leave out a paragraph (line), or a document, that has occurred before.
-            memory_limit: See `count_ngrams`.
             spill_dir: See `count_ngrams`.
-            engine: See `count_ngrams`.
             progress_bar: Whether to show progress.
+            settings: The arguments of `VocabularySettings`.
 
         Raises:
             ValueError: A number is outside its range, or no n-gram of a length occurs ``min_count`` times.
         """
-        lengths = range(2, len(proportions) + 2)
-        _check(size, proportions, score, count_weight)
-        ids = WordIds(WordSplitter(lowercase, strip_accents), punctuation, deduplicate)
-        read = tqdm(texts, desc="reading texts", unit="text", disable=not progress_bar)
-        table = count_ngrams(
-            ids.encode_all(read),
-            max_n=lengths[-1],
-            min_count=min_count,
-            memory_limit=memory_limit,
-            spill_dir=spill_dir,
-            engine=engine,
-            progress_bar=progress_bar,
-        )
-        chosen = [
-            _best(table, n, round(size * share), score, count_weight)
-            for n, share in zip(lengths, proportions, strict=True)
-        ]
-        words = np.array(ids.words, dtype=object)
-        parts = []
-        for n, (places, scores) in zip(lengths, chosen, strict=True):
-            spelt = words[table.ngrams(n)[places]]
-            columns = [
-                pa.array([" ".join(row) for row in spelt], pa.string()),
-                pa.array(np.full(len(places), n, np.int8)),
-                pa.array(table.counts[n - 1][places]),
-                pa.array(scores),
-            ]
-            parts.append(pa.Table.from_arrays(columns, schema=_SCHEMA))
-        return cls(pa.concat_tables(parts), lowercase, strip_accents, punctuation)
+        chosen = VocabularySettings(**settings)
+        return chosen.rank(*chosen.count(texts, spill_dir=spill_dir, progress_bar=progress_bar))
 
     @classmethod
     def from_file(
@@ -165,18 +207,22 @@ class MaskingVocabulary:
         """Write the vocabulary: to ``.parquet`` with counts and scores, else as the authors' lists, one a line."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        if path.suffix == ".parquet":
-            settings = {
-                "lowercase": self.lowercase,
-                "strip_accents": self.strip_accents,
-                "punctuation": self.punctuation,
-            }
-            metadata = {_METADATA: json.dumps(settings).encode()}
-            pq.write_table(self.table.replace_schema_metadata(metadata), partial)
-        else:
-            partial.write_text("".join(f"{entry}\n" for entry in self.table["words"].to_pylist()), encoding="utf-8")
-        partial.replace(path)
+        partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # another process may write the same file
+        try:
+            if path.suffix == ".parquet":
+                settings = {
+                    "lowercase": self.lowercase,
+                    "strip_accents": self.strip_accents,
+                    "punctuation": self.punctuation,
+                }
+                metadata = {_METADATA: json.dumps(settings).encode()}
+                pq.write_table(self.table.replace_schema_metadata(metadata), partial)
+            else:
+                lines = (f"{entry}\n" for entry in self.table["words"].to_pylist())
+                partial.write_text("".join(lines), encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -204,8 +250,16 @@ class MaskingVocabulary:
         return HashSet(np.concatenate(found))
 
     def compile(self, tokenizer: Any) -> NgramMatcher:
-        """Return what finds the n-grams in this tokenizer's tokens."""
-        return NgramMatcher(self, TokenWords(tokenizer, self.splitter))
+        """Return what finds the n-grams in this tokenizer's tokens.
+
+        N-grams with a word that the tokenizer writes with its unknown token match nothing: a warning says how many.
+        """
+        entries = [entry.split(" ") for entry in self.table["words"].to_pylist()]
+        unknown = unspellable(tokenizer, sorted({word for entry in entries for word in entry}))
+        skipped = sum(not unknown.isdisjoint(entry) for entry in entries) if unknown else 0
+        if skipped:
+            rank_zero_warn(f"{skipped:,} of {len(self):,} n-grams hold words that the tokenizer cannot spell: no match")
+        return NgramMatcher(self, TokenWords(tokenizer, self.splitter), skipped)
 
     def coverage(self, texts: Iterable[str]) -> dict[str, float]:
         """Return which share of the texts' words lies in n-grams of the vocabulary; the paper aims at about a half.
@@ -217,16 +271,24 @@ class MaskingVocabulary:
         total = 0
         for text in texts:
             hashes = hash_words(self.splitter.split(text))
-            longest = self.longest(hashes, np.zeros(len(hashes), np.int64))
-            best = np.zeros(len(hashes), np.int64)
-            for n in range(2, self.max_n + 1):
-                for offset in range(n):
-                    starts = np.flatnonzero(longest == n) + offset
-                    best[starts] = np.maximum(best[starts], n)
-            covered += np.bincount(best, minlength=self.max_n + 1)
+            covered += np.bincount(self.covering(hashes, np.zeros(len(hashes), np.int64)), minlength=self.max_n + 1)
             total += len(hashes)
         shares = {f"n={n}": covered[n] / max(total, 1) for n in range(2, self.max_n + 1)}
         return {"words": float(sum(shares.values())), **{name: float(share) for name, share in shares.items()}}
+
+    def covering(self, words: np.ndarray, run: np.ndarray) -> np.ndarray:
+        """Return how many words the longest n-gram has that each word lies in (W,), 0 where it lies in none.
+
+        Args:
+            words: Their hashes (W,).
+            run: See `longest`.
+        """
+        longest = self.longest(words, run)
+        best = np.zeros(len(words), np.int64)
+        for n in range(2, self.max_n + 1):
+            for offset in range(n):
+                best[np.flatnonzero(longest == n) + offset] = n
+        return best
 
     def longest(self, words: np.ndarray, run: np.ndarray) -> np.ndarray:
         """Return how many words the longest n-gram has that begins at each word (W,), 0 where none does.
@@ -249,10 +311,11 @@ class NgramMatcher:
     Args:
         vocabulary: The n-grams.
         tokens: What the tokenizer's tokens spell.
+        skipped: N-grams that hold words the tokenizer cannot spell.
     """
 
-    def __init__(self, vocabulary: MaskingVocabulary, tokens: TokenWords) -> None:
-        self.vocabulary, self.tokens = vocabulary, tokens
+    def __init__(self, vocabulary: MaskingVocabulary, tokens: TokenWords, skipped: int = 0) -> None:
+        self.vocabulary, self.tokens, self.skipped = vocabulary, tokens, skipped
 
     def ends(self, words: Words) -> np.ndarray:
         """Return the last group of the longest n-gram that begins in each group of tokens (G,); else the group itself.
@@ -267,17 +330,6 @@ class NgramMatcher:
         last = group[words.last[begins + longest[begins] - 1]]
         np.maximum.at(ends, group[words.first[begins]], last)
         return ends
-
-
-def _check(size: int, proportions: Sequence[float], score: Score, count_weight: float) -> None:
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
-    if not proportions or min(proportions) < 0 or abs(sum(proportions) - 1) > 1e-6:
-        raise ValueError(f"proportions must be shares for lengths 2, 3, ... that add up to 1, got {list(proportions)}")
-    if score not in ("pmi", "naive_pmi", "frequency"):
-        raise ValueError(f"score must be 'pmi', 'naive_pmi' or 'frequency', got {score!r}")
-    if not count_weight > 0:
-        raise ValueError(f"count_weight must be positive, got {count_weight}")
 
 
 def _best(table: NgramTable, n: int, number: int, score: Score, count_weight: float) -> tuple[np.ndarray, np.ndarray]:

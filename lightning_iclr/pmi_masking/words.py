@@ -7,7 +7,6 @@ that masks do not depend on how it cuts words, and no text is decoded on the way
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_iclr._imports import optional_import
-from lightning_iclr.pmi_masking.hashing import hash_pieces, hash_words, join_pieces
+from lightning_iclr.pmi_masking.hashing import NO_WORD, hash_pieces, hash_words, join_pieces
+from lightning_iclr.pmi_masking.spelling import cuts_unknown, special_ids, token_speller, unknown_id
 
 Punctuation = Literal["break", "keep"]
 Deduplicate = Literal["paragraph", "document"]
@@ -153,8 +153,9 @@ class TokenWords:
 
     def __init__(self, tokenizer: Any, splitter: WordSplitter) -> None:
         size = len(tokenizer)
-        special = set(tokenizer.all_special_ids)
-        spelling = _spelling(tokenizer)
+        special = set(special_ids(tokenizer))
+        spelling = token_speller(tokenizer)
+        self._unknown = unknown_id(tokenizer) if cuts_unknown(tokenizer) else None
         self.special = np.zeros(size, bool)
         self.special[sorted(special)] = True
         self._begins = np.ones(size, bool)  # whether a word begins with the token's first character
@@ -219,7 +220,36 @@ class TokenWords:
         last = token[np.append(word_begins[1:], len(token)) - 1] if len(token) else first
         if self._broken.any() and self._broken[flat].any():
             hashes, first, last = self._spell_out(flat, unit_begins, hashes, first, last)
+        if self._unknown is not None and len(first):
+            self._forget(tokens, documents, place, hashes, first, last)
         return Words(place, unit_begins, adjacent, hashes, first, last)
+
+    def _forget(
+        self,
+        tokens: np.ndarray,
+        documents: np.ndarray | None,
+        place: np.ndarray,
+        hashes: np.ndarray,
+        first: np.ndarray,
+        last: np.ndarray,
+    ) -> None:
+        """Give words of which an unknown token holds a part the hash of no word."""
+        unknown = tokens == self._unknown
+        if not unknown.any():
+            return
+        before, after = np.zeros_like(unknown), np.zeros_like(unknown)
+        before[:, 1:], after[:, :-1] = unknown[:, :-1], unknown[:, 1:]
+        if documents is not None:
+            same = documents[:, 1:] == documents[:, :-1]
+            before[:, 1:] &= same
+            after[:, :-1] &= same
+        flat = tokens.reshape(-1)[place]
+        goes_on = np.flatnonzero(before.reshape(-1)[place] & ~self._begins[flat])
+        word = np.minimum(np.searchsorted(first, goes_on), len(first) - 1)
+        hashes[word[first[word] == goes_on]] = NO_WORD
+        breaks_off = np.flatnonzero(after.reshape(-1)[place] & ~self._ends[flat])
+        word = np.maximum(np.searchsorted(last, breaks_off, side="right") - 1, 0)
+        hashes[word[last[word] == breaks_off]] = NO_WORD
 
     def _spell_out(
         self, flat: np.ndarray, unit_begins: np.ndarray, hashes: np.ndarray, first: np.ndarray, last: np.ndarray
@@ -275,7 +305,7 @@ class Words:
         place: Place of each usable token in the flattened rows (N,).
         unit_begins: Whether a usable token is the first of those that belong together whatever is masked (N,).
         adjacent: Whether the token before a usable token is usable, too, and in its row (N,).
-        hashes: Each word's hash (W,).
+        hashes: Each word's hash (W,), `NO_WORD` where its spelling is not known.
         first: Its first token, as a number among the usable (W,).
         last: Its last token (W,).
     """
@@ -286,55 +316,3 @@ class Words:
     hashes: np.ndarray
     first: np.ndarray
     last: np.ndarray
-
-
-def _spelling(tokenizer: Any) -> Any:
-    """Return a function from a token to its text (bytes where characters are cut) and whether it continues a word."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    plan = json.loads(backend.to_str()) if backend is not None else {}
-    kinds = {part.get("type") for part in _parts(plan.get("pre_tokenizer")) + _parts(plan.get("decoder"))}
-    model = plan.get("model") or {}
-    if "ByteLevel" in kinds:
-        table = _byte_characters()
-
-        def byte_level(token: str) -> tuple[str | bytes, bool]:
-            if any(character not in table for character in token):
-                return token, not token[:1].isspace()  # an added token, which is not in bytes
-            raw = bytes(table[character] for character in token)
-            try:
-                text = raw.decode()
-            except UnicodeDecodeError:
-                return raw, not raw[:1].isspace()
-            return text, not text[:1].isspace()
-
-        return byte_level
-    if "Metaspace" in kinds or "▁" in json.dumps(plan.get("decoder") or {}, ensure_ascii=False):
-
-        def metaspace(token: str) -> tuple[str | bytes, bool]:
-            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                return bytes([int(token[3:5], 16)]), True
-            text = token.replace("▁", " ")
-            return text, not text[:1].isspace()
-
-        return metaspace
-    prefix = model.get("continuing_subword_prefix") or "##"
-
-    def word_piece(token: str) -> tuple[str | bytes, bool]:
-        continues = token.startswith(prefix) and len(token) > len(prefix)
-        return (token[len(prefix) :], True) if continues else (token, False)
-
-    return word_piece
-
-
-def _parts(part: Any) -> list[dict[str, Any]]:
-    if not part:
-        return []
-    inner = part.get("pretokenizers") or part.get("decoders")
-    return [own for each in inner for own in _parts(each)] if inner else [part]
-
-
-def _byte_characters() -> dict[str, int]:
-    """Return the byte of each character by which byte-level BPE writes bytes."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}

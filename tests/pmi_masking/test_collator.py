@@ -10,7 +10,12 @@ import torch
 from scipy import stats
 from torch.utils.data import DataLoader
 
-from lightning_iclr.pmi_masking.collator import PMIMaskingCollator, RandomTokenCollator, WholeWordCollator
+from lightning_iclr.pmi_masking.collator import (
+    PMIMaskingCollator,
+    RandomTokenCollator,
+    WholeWordCollator,
+    units_by_length,
+)
 from lightning_iclr.pmi_masking.spans import RandomSpanCollator
 from lightning_iclr.pmi_masking.vocabulary import MaskingVocabulary
 from tests.pmi_masking.test_segmentation import choose_by_hand, maximal_by_hand, walk
@@ -540,6 +545,47 @@ def test_ngrams_of_real_text_are_units_whatever_the_tokenizer(kind):
     assert not spelt & {"prime", "minister", "the", "united", "states"}
 
 
+def test_long_units_are_chosen_as_rarely_as_the_skip_rule_says():
+    # A unit of 3 tokens among 37 of 1: a budget of 6 of 40. It is chosen where at most 3 others come before it, which
+    # is 4 places of 38; the others get what it leaves.
+    tokenizer = letters_tokenizer()
+    ids = tokenizer("x y z " + ", ".join(["p"] * 19), add_special_tokens=False)["input_ids"]
+    assert len(ids) == 40
+    rows = [{"input_ids": ids, "row_id": row} for row in range(20_000)]
+    there, chosen = units_by_length(PMIMaskingCollator(tokenizer, list_of("x y z")), rows, longest=4)
+    assert there.tolist() == [37 * 20_000, 0, 20_000, 0]
+    rate = 4 / 38
+    assert abs(chosen[2] / there[2] - rate) < 3 * np.sqrt(rate * (1 - rate) / 20_000)
+    assert chosen[0] == 6 * 20_000 - 3 * chosen[2]
+    assert chosen[2] / there[2] < 0.15 < chosen[0] / there[0]
+
+
+def test_units_are_counted_by_their_length():
+    rows = examples(60)
+    for name in ("word", "pmi", "token"):
+        collator = COLLATORS[name](letters_tokenizer(), return_unit_ids=True)
+        batch = collator(rows)
+        there, chosen = np.zeros(4, int), np.zeros(4, int)
+        for row in range(len(rows)):
+            for unit in units_of(batch, row):
+                length = min(len(unit), 4) - 1
+                there[length] += 1
+                chosen[length] += bool(batch["labels"][row][unit[0]] >= 0)
+        found = units_by_length(collator, rows, longest=4)
+        assert [each.tolist() for each in found] == [there.tolist(), chosen.tolist()]
+    assert [each.tolist() for each in units_by_length(collator, [[], []], longest=2)] == [[0, 0], [0, 0]]
+
+
+def test_a_masking_of_ngrams_wants_a_vocabulary_before_its_first_batch():
+    collator = PMIMaskingCollator(letters_tokenizer())
+    with pytest.raises(
+        ValueError, match="vocabulary must be given, or set by set_vocabulary, before a batch is masked"
+    ):
+        collator(MANY)
+    collator.set_vocabulary(vocabulary())
+    torch.testing.assert_close(collator(MANY), pmi(letters_tokenizer())(MANY))
+
+
 class NoMask:
     mask_token_id = None
 
@@ -554,6 +600,7 @@ CONSTRUCTOR = {
     "must not add up to more than 1, got 0.8 and 0.3": dict(random_replace_prob=0.3),
     "denoising must be 'mask' or 'sentinels', got 'drop'": dict(denoising="drop"),
     "tokenizer must have sentinels <extra_id_0>, ...": dict(denoising="sentinels"),
+    "return_unit_ids must be False with denoising='sentinels'": dict(denoising="sentinels", return_unit_ids=True),
 }
 
 

@@ -2,11 +2,15 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoConfig,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
@@ -14,9 +18,11 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from lightning_iclr.pmi_masking import MaskedLM, load_tokenizer
-from lightning_iclr.pmi_masking.model import param_groups, run_at
+from lightning_iclr.pmi_masking import MaskedLM, MaskedTextDataModule, load_tokenizer
+from lightning_iclr.pmi_masking.model import param_groups, repeated_layers, run_at
 from lightning_iclr.pmi_masking.packing import attention_mask_of, positions_of
+from tests.distributed import Ranks, run_distributed
+from tests.pmi_masking.toys import paragraphs
 
 SMALL = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -80,6 +86,69 @@ def test_robertas_positions_come_after_that_of_its_padding():
     packed = run_at(net, data, sparse=False).logits[6:]
     alone = net(input_ids=data["input_ids"][:, 6:]).logits[0]
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_a_packed_text_gets_the_logits_that_it_gets_alone(kind, attention):
+    torch.manual_seed(0)
+    more = {"local_attention": 4, "global_attn_every_n_layers": 2} if kind == "modernbert" else {}
+    config = AutoConfig.for_model(kind, **SMALL, **more, pad_token_id=0)
+    net = AutoModelForMaskedLM.from_config(config, attn_implementation=attention).eval()
+    data = batch(rows=2, length=24)
+    data["labels"] = data["input_ids"]
+    packed = run_at(net, data, sparse=False).logits.view(2, 24, -1)
+    for begin, end in ((0, 6), (6, 24)):  # the latter longer than what a layer with a window sees
+        alone = net(input_ids=data["input_ids"][:, begin:end], attention_mask=torch.ones(2, end - begin)).logits
+        torch.testing.assert_close(packed[:, begin:end], alone, rtol=0, atol=1e-5)
+
+
+def test_the_layers_that_are_sharded_are_the_repeated_ones():
+    net = bert()
+    assert repeated_layers(net) == list(net.bert.encoder.layer)
+    size = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 30}
+    t5 = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **size))
+    assert repeated_layers(t5) == [*t5.encoder.block, *t5.decoder.block]
+    assert repeated_layers(torch.nn.Linear(2, 2)) == []
+
+
+STRATEGIES = {"ddp": DDPStrategy, "fsdp": lambda: ModelParallelStrategy(save_distributed_checkpoint=False)}
+
+
+def learned(folder, strategy, path):
+    """Train three steps on a global batch of eight rows, in one process or in those there are."""
+    torch.manual_seed(0)
+    world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    parallel = {"devices": 2, "strategy": STRATEGIES[strategy](), "plugins": [Ranks()]} if world_size > 1 else {}
+    texts = Dataset.from_dict(
+        {"text": [text[: 40 * (1 + number % 5)] for number, text in enumerate(paragraphs()[:60])]}
+    )
+    data = MaskedTextDataModule(
+        DatasetDict({"train": texts, "validation": texts.select(range(9))}), masking="whole_word", cache_dir=folder,
+        tokenizer="embedded", sequence_length=32, batch_size=8 // world_size, eval_batch_size=3,
+    )  # fmt: skip
+    net = {"model_type": "bert", **SMALL, "vocab_size": 8000, "hidden_dropout_prob": 0.0}
+    net["attention_probs_dropout_prob"] = 0.0
+    module = MaskedLM(net, optimizer=lambda params: torch.optim.SGD(params, lr=0.5))
+    trainer = Trainer(
+        accelerator="cpu", max_steps=3, val_check_interval=3, check_val_every_n_epoch=None, logger=False,
+        gradient_clip_val=1.0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        **{"devices": 1, **parallel},
+    )  # fmt: skip
+    trainer.fit(module, data)
+    trainer.save_checkpoint(path)
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_equal_one(tmp_path, strategy):
+    # The rows have unequal numbers of predicted tokens, and the last validation batch is not full.
+    one = learned(tmp_path, strategy, tmp_path / "one.ckpt")
+    for metrics in run_distributed(learned, tmp_path, strategy, tmp_path / "two.ckpt"):
+        assert metrics == pytest.approx(one, abs=1e-5)
+    expected, got = (torch.load(tmp_path / name, weights_only=True)["state_dict"] for name in ("one.ckpt", "two.ckpt"))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
 def test_unit_lengths_are_counted_in_tokens_of_the_row():

@@ -1,10 +1,25 @@
+import csv
+from pathlib import Path
+
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 
-from lightning_iclr.pmi_masking import LossByUnit, MaskedParagraph, WholeWordCollator, load_tokenizer
+from lightning_iclr.pmi_masking import (
+    LossByUnit,
+    MaskedParagraph,
+    MaskedTextDataModule,
+    UnitLengths,
+    VocabularySettings,
+    WholeWordCollator,
+    load_tokenizer,
+)
 from lightning_iclr.pmi_masking import pictures as pictures_module
 from lightning_iclr.pmi_masking.callbacks import masked_text
+from lightning_iclr.pmi_masking.collator import units_by_length
 from lightning_iclr.pmi_masking.pictures import (
     MaskedText,
     draw_coverage,
@@ -15,6 +30,7 @@ from lightning_iclr.pmi_masking.pictures import (
     draw_ranks,
     draw_unit_lengths,
 )
+from tests.pmi_masking.toys import paragraphs
 
 
 def drawn(figure: Figure) -> list[str]:
@@ -55,11 +71,14 @@ def test_curves_and_bars_hold_the_numbers_that_were_given():
     assert [line.get_ydata().tolist()[0] for line in figure.axes[0].lines] == [5.0, 7.0]
     figure = draw_coverage([10, 100], {"PMI": [0.1, 0.2]})
     assert figure.axes[0].lines[0].get_ydata().tolist() == pytest.approx([10, 20])
-    figure = draw_unit_lengths({"word": [1, 1, 2, 30], "PMI": [1, 3, 3, 3]})
-    heights = [[bar.get_height() for bar in bars] for bars in figure.axes[0].containers]
-    assert heights[0][:3] == [50, 25, 0]
-    assert heights[0][-1] == 25  # the last bar is of ten or more
-    assert heights[1][2] == 75
+    figure = draw_unit_lengths({"word": ([2, 1, 0, 1], [1, 0, 0, 1]), "PMI": ([1, 0, 3, 0], [0, 0, 1, 0])}, 0.15)
+    lengths, rates = (
+        [[bar.get_height() for bar in bars] for bars in axis.containers if len(bars)] for axis in figure.axes
+    )
+    assert lengths == [[50, 25, 0, 25], [25, 0, 75, 0]]
+    assert rates[0] == [50, 0, 100]  # there is no rate where there are no units
+    assert rates[1] == pytest.approx([0, 100 / 3])
+    assert "33.3" in drawn(figure)
 
 
 def test_pictures_of_a_vocabulary_name_its_ends_and_outliers():
@@ -84,6 +103,47 @@ def test_the_losses_by_unit_are_kept_in_checkpoints():
     assert (other.steps, other.losses) == (callback.steps, callback.losses)
 
 
-def test_a_paragraph_must_have_tokens():
-    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
-        MaskedParagraph(tokens=0)
+class Idle(LightningModule):
+    def training_step(self, batch, batch_idx):
+        return None
+
+    def validation_step(self, batch, batch_idx):
+        return None
+
+    def configure_optimizers(self):
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers.*returned .None|.*training_step.*returned .None")
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.parametrize("masking", ["pmi", "whole_word", "random_token", "random_span"])
+def test_the_rates_of_the_runs_own_masking_are_drawn_and_logged(masking, tmp_path):
+    texts = Dataset.from_dict({"text": paragraphs()[:80]})
+    data = MaskedTextDataModule(
+        DatasetDict({"train": texts, "validation": texts}), masking=masking, tokenizer="embedded", sequence_length=64,
+        vocabulary_settings=VocabularySettings(size=40, min_count=2, proportions=(1.0,)), cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=1, limit_train_batches=1, limit_val_batches=0,
+        logger=CSVLogger(tmp_path), callbacks=[UnitLengths(rows=50, longest=4)], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, max_epochs=1,
+    )  # fmt: skip
+    trainer.fit(Idle(), data)
+    folder = Path(trainer.log_dir)
+    assert (folder / "figures" / "unit_lengths.png").is_file()
+    logged = {}
+    if (folder / "metrics.csv").is_file():
+        with (folder / "metrics.csv").open() as file:
+            cells = [cell for row in csv.DictReader(file) for cell in row.items()]
+        logged = {name: float(value) for name, value in cells if "units" in name}
+    there, chosen = units_by_length(data.collator, [data.rows["train"][row] for row in range(50)], longest=4)
+    expected = {f"units/chosen_{n}": chosen[n - 1] / there[n - 1] for n in range(1, 5) if there[n - 1]}
+    assert logged == (pytest.approx(expected) if masking != "random_span" else {})
+
+
+@pytest.mark.parametrize(
+    ("callback", "name"), [(MaskedParagraph, "tokens"), (UnitLengths, "rows"), (UnitLengths, "longest")]
+)
+def test_a_picture_of_nothing_is_refused(callback, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        callback(**{name: 0})

@@ -5,10 +5,12 @@ from math import log
 
 import numpy as np
 import pytest
+from gensim.models.phrases import Phrases
 
 from lightning_iclr.pmi_masking.ngrams import count_ngrams
 from lightning_iclr.pmi_masking.scores import frequency_score, log_probability, naive_pmi_score, pmi_score
-from tests.pmi_masking.toys import SlowScores, count_by_hand, segmentations, zipf_documents
+from lightning_iclr.pmi_masking.words import WordIds, WordSplitter
+from tests.pmi_masking.toys import SlowScores, count_by_hand, paragraphs, segmentations, zipf_documents
 
 
 @cache
@@ -54,6 +56,25 @@ def test_pmi_of_pairs_is_the_formula_of_collocations():
     formula = {(0, 1): log(4 * 16**2 / (14 * 6 * 4)), (3, 0): log(2 * 16**2 / (14 * 2 * 6))}
     scores = dict(zip(map(tuple, table.ngrams(2).tolist()), pmi_score(table, 2).tolist(), strict=True))
     assert {words: scores[words] for words in formula} == pytest.approx(formula, abs=1e-12)
+
+
+def test_counts_and_pmi_of_pairs_are_those_of_gensims_phrases():
+    sentences = [WordSplitter().split(text) for text in paragraphs()[:1500]]
+    ids = WordIds(WordSplitter(), punctuation="keep")
+    table = count_ngrams([ids.encode(" ".join(sentence)) for sentence in sentences], max_n=2)
+    words, pairs = np.array(ids.words, dtype=object), table.ngrams(2)
+    theirs = Phrases(sentences, min_count=11, threshold=-1, scoring="npmi", delimiter=" ")
+    scores = theirs.export_phrases()
+    found = {" ".join(words[pair]): place for place, pair in enumerate(pairs)}
+    assert len(found) > 300
+    assert found.keys() == scores.keys()
+    # Theirs is PMI over -log p(ab), and p(ab) the share of all words; ours is that of all pairs.
+    total, ours = table.totals[0], pmi_score(table, 2)
+    for phrase, place in found.items():
+        share = log(table.counts[1][place] / total)
+        pmi = ours[place] + log(table.totals[1] / total)
+        assert theirs.vocab[phrase] == table.counts[1][place]
+        assert pmi / -share == pytest.approx(scores[phrase], abs=1e-10)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

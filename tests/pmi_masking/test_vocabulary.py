@@ -8,7 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from transformers import PreTrainedTokenizerFast
 
+from lightning_iclr.pmi_masking.spelling import unknown_id, unspellable
 from lightning_iclr.pmi_masking.vocabulary import MaskingVocabulary
 from lightning_iclr.pmi_masking.words import WordSplitter, is_punctuation
 from tests.pmi_masking.toys import KINDS, SlowScores, count_by_hand, list_of, make_tokenizer, paragraphs
@@ -273,6 +278,7 @@ HARD = [  # no text with any of them is in what the tokenizers were trained on
 ]
 
 
+@pytest.mark.filterwarnings("ignore:1 of 4 n-grams hold words that the tokenizer cannot spell")
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_hard_words_are_covered_through_any_tokenizer(kind):
     built = list_of("new york", "sao paulo", "北 京", "by the way")
@@ -289,6 +295,70 @@ def test_matches_do_not_cross_an_unknown_word():
     ids = tokenizer("new \U0001f600 york", add_special_tokens=False)["input_ids"]
     assert tokenizer.unk_token_id in ids
     assert coverage_through(tokenizer, built, ["new \U0001f600 york"]) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["new york\U0001f600", "\U0001f600new york", "new york \U0001f600", "\U0001f600 new york"]
+)
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_what_is_left_of_a_word_beside_an_unknown_piece_is_not_taken_for_a_word(kind, text):
+    tokenizer = make_tokenizer(kind)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.unk_token_id in ids
+    covered = coverage_through(tokenizer, list_of("new york"), [text]) > 0
+    assert covered == (list_of("new york").coverage([text])["words"] > 0) == (" \U0001f600" in text or text[1] == " ")
+
+
+def test_a_border_of_documents_parts_a_word_from_an_unknown_piece():
+    tokenizer = make_tokenizer("unigram")
+    (ids,) = np.array([tokenizer("new york\U0001f600", add_special_tokens=False)["input_ids"]])[:, None]
+    matcher = list_of("new york").compile(tokenizer)
+    for documents, hit in ((np.zeros_like(ids), False), (np.arange(ids.size)[None] // (ids.size - 1), True)):
+        words = matcher.tokens.read(ids, ~matcher.tokens.special[ids], documents)
+        assert (matcher.ends(words)[0] == 1) == hit
+
+
+def test_ngrams_that_the_tokenizer_cannot_spell_are_counted_and_told_once():
+    built = list_of("new york", "new \U0001f600", "\U0001f600\U0001f600 x", "\U0001f600 \U0001f600", "of the")
+    for kind in ("wordpiece", "unigram"):
+        with pytest.warns(UserWarning, match="cannot spell") as told:
+            matcher = built.compile(make_tokenizer(kind))
+        assert [str(each.message) for each in told] == [
+            "3 of 5 n-grams hold words that the tokenizer cannot spell: no match"
+        ]
+        assert matcher.skipped == 3
+        text = "\U0001f600 \U0001f601"  # two unknown words, which are not the same
+        ids = np.array([make_tokenizer(kind)(text, add_special_tokens=False)["input_ids"]])
+        words = matcher.tokens.read(ids, ~matcher.tokens.special[ids])
+        assert not built.longest(words.hashes, np.zeros(len(words.hashes), int)).any()
+    assert built.compile(make_tokenizer("byte_bpe")).skipped == 0
+
+
+def test_a_word_that_is_spelt_in_one_case_is_not_unknown():
+    pieces = ["[PAD]", "[UNK]", "New", "YORK", "city"]
+    words = Tokenizer(WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    words.pre_tokenizer = BertPreTokenizer()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")  # which is not told its unknown
+    assert unknown_id(tokenizer) == 1
+    with pytest.warns(UserWarning, match="1 of 2 n-grams hold words that the tokenizer cannot spell"):
+        matcher = list_of("new york", "new town").compile(tokenizer)
+    ids = np.array([tokenizer("New YORK town", add_special_tokens=False)["input_ids"]])
+    assert matcher.tokens.special[ids].tolist() == [[False, False, True]]
+    assert matcher.ends(matcher.tokens.read(ids, ~matcher.tokens.special[ids])).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_cannot_spell_what_it_writes_with_its_unknown_token(kind):
+    tokenizer = make_tokenizer(kind)
+    words = sorted({word for text in texts()[:300] for word in WordSplitter().split(text)})
+    cases = (str, str.capitalize, str.upper)
+    expected = {
+        word
+        for word in words
+        if all(tokenizer.unk_token_id in tokenizer(case(word), add_special_tokens=False)["input_ids"] for case in cases)
+    }
+    assert unspellable(tokenizer, words) == expected
+    assert (len(expected) > 0) == (kind in ("wordpiece", "unigram"))
 
 
 def test_ends_of_matches_are_in_groups_of_tokens():

@@ -32,11 +32,11 @@ QUICK = {"vit": FAST, "fedopt": ROUNDS, "pmi_masking": FAST}
 PICTURES = {
     "vit": {"attention_distance", "training_curves", "patch_filters", "position_similarity"},
     "fedopt": {"rounds"},
-    "pmi_masking": {"masked_paragraph", "loss_by_unit"},
+    "pmi_masking": {"masked_paragraph", "unit_lengths", "loss_by_unit"},
 }
 # What cuts a recipe shorter yet: all roles would be evaluated one by one, all definitions tokenized.
 GLOSSES = ["--data.train_split=train[:3000]", "--data.val_split=validation[:300]", "--data.test_split=test[:1000]",
-           "--data.min_count=2", "--data.vocabulary_size=400"]  # fmt: skip
+           "--data.vocabulary_settings.min_count=2", "--data.vocabulary_settings.size=400"]  # fmt: skip
 OWN = {"fedopt/shakespeare_roles": ["--data.max_clients=10", "--model.net.hidden_dim=16"],
        **{name: GLOSSES for name in EMBEDDED if name.startswith("pmi_masking/")}}  # fmt: skip
 # Columns of what a federated recipe predicts.
