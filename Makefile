@@ -39,7 +39,7 @@ bench: .venv/bench
 	for part in speed flower claim shakespeare; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fedopt.py $$part || exit 1; \
 	done
-	for part in speed memory; do \
+	for part in speed memory claim; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pmi_masking.py $$part || exit 1; \
 	done
 

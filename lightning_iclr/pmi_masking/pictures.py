@@ -91,7 +91,7 @@ def draw_ranks(scores: Mapping[int, ArrayLike], words: Mapping[int, Sequence[str
         for place in np.unique(np.linspace(0, len(values) - 1, examples).astype(int)):
             late = place > len(values) / 2
             axis.annotate(
-                words[n][place], (place + 1, values[place]), xytext=(-6 if late else 6, 4), fontsize=8,
+                words[n][place], (place + 1, values[place]), xytext=(-6, -10) if late else (6, 4), fontsize=8,
                 textcoords="offset points", ha="right" if late else "left", color=_PLAIN,
             )  # fmt: skip
         axis.set(title=f"{n} words", xlabel="rank", ylabel="score (nats)")
@@ -163,8 +163,12 @@ def draw_naive_against_pmi(naive: ArrayLike, pmi: ArrayLike, words: Sequence[str
     axis = figure.subplots()
     axis.scatter(across, up, s=5, alpha=0.35, color=COLOURS[0], linewidths=0, rasterized=True)
     axis.axline((float(up.min()), float(up.min())), slope=1, color="#999999", linewidth=0.8)
-    for place in np.argsort(up - across)[:outliers]:
-        axis.annotate(words[place], (across[place], up[place]), xytext=(4, -8), textcoords="offset points", fontsize=8)
+    for place in _apart(across, up, np.argsort(up - across), outliers):
+        late = across[place] > (across.min() + across.max()) / 2
+        axis.annotate(
+            words[place], (across[place], up[place]), xytext=(-4 if late else 4, -8), textcoords="offset points",
+            fontsize=8, ha="right" if late else "left",
+        )  # fmt: skip
     axis.set(xlabel="Naive-PMI (nats)", ylabel="PMI (nats)", title=f"{n} words")
     return figure
 
@@ -191,6 +195,20 @@ def draw_cross_evaluation(losses: ArrayLike, trained: Sequence[str], evaluated: 
     axis.set_yticks(range(len(trained)), trained)
     axis.set(xlabel="evaluated with", ylabel="trained with")
     return figure
+
+
+def _apart(across: np.ndarray, up: np.ndarray, order: np.ndarray, number: int) -> list[int]:
+    """Return the first places of an order whose names do not lie over those of the ones before."""
+    wide, high = max(float(np.ptp(across)), 1e-9), max(float(np.ptp(up)), 1e-9)
+    taken: list[int] = []
+    for place in order.tolist():
+        if len(taken) == number:
+            break
+        beside = (abs(across[place] - across[other]) < 0.3 * wide for other in taken)
+        level = (abs(up[place] - up[other]) < 0.03 * high for other in taken)
+        if not any(x and y for x, y in zip(beside, level, strict=True)):
+            taken.append(place)
+    return taken
 
 
 def _wrapped(text: MaskedText, width: int) -> list[list[tuple[int, int]]]:

@@ -252,14 +252,18 @@ class MaskingVocabulary:
     def compile(self, tokenizer: Any) -> NgramMatcher:
         """Return what finds the n-grams in this tokenizer's tokens.
 
-        N-grams with a word that the tokenizer writes with its unknown token match nothing: a warning says how many.
+        N-grams with a word that the tokenizer writes with its unknown token match nothing: a warning says how many, and
+        names one.
         """
         entries = [entry.split(" ") for entry in self.table["words"].to_pylist()]
         unknown = unspellable(tokenizer, sorted({word for entry in entries for word in entry}))
-        skipped = sum(not unknown.isdisjoint(entry) for entry in entries) if unknown else 0
+        skipped = [" ".join(entry) for entry in entries if not unknown.isdisjoint(entry)] if unknown else []
         if skipped:
-            rank_zero_warn(f"{skipped:,} of {len(self):,} n-grams hold words that the tokenizer cannot spell: no match")
-        return NgramMatcher(self, TokenWords(tokenizer, self.splitter), skipped)
+            rank_zero_warn(
+                f"{len(skipped):,} of {len(self):,} n-grams hold words that the tokenizer cannot spell, such as "
+                f"{skipped[0]!r}: no match"
+            )
+        return NgramMatcher(self, TokenWords(tokenizer, self.splitter), len(skipped))
 
     def coverage(self, texts: Iterable[str]) -> dict[str, float]:
         """Return which share of the texts' words lies in n-grams of the vocabulary; the paper aims at about a half.

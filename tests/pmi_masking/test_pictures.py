@@ -88,6 +88,8 @@ def test_pictures_of_a_vocabulary_name_its_ends_and_outliers():
     pmi = np.ones(20)
     naive = np.where(np.arange(20) == 7, 9.0, 1.0)
     assert drawn(draw_naive_against_pmi(naive, pmi, words, 3, outliers=1)) == ["word 7"]
+    naive[8], naive[9] = 8.5, 3.0  # beside the one before, and away from it
+    assert drawn(draw_naive_against_pmi(naive, pmi, words, 3, outliers=2)) == ["word 7", "word 9"]
 
 
 def test_the_cross_evaluation_marks_the_best_of_each_column():

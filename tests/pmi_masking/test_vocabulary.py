@@ -324,7 +324,7 @@ def test_ngrams_that_the_tokenizer_cannot_spell_are_counted_and_told_once():
         with pytest.warns(UserWarning, match="cannot spell") as told:
             matcher = built.compile(make_tokenizer(kind))
         assert [str(each.message) for each in told] == [
-            "3 of 5 n-grams hold words that the tokenizer cannot spell: no match"
+            "3 of 5 n-grams hold words that the tokenizer cannot spell, such as 'new \U0001f600': no match"
         ]
         assert matcher.skipped == 3
         text = "\U0001f600 \U0001f601"  # two unknown words, which are not the same
