@@ -49,7 +49,7 @@ clean:
 # Each stamp installs the package with one more set of extras; it is made again when the pins or the metadata change,
 # or when the environment under it is gone or lacks what the target runs.
 CORE := pip lightning_iclr torch lightning torchmetrics datasets jsonargparse matplotlib
-TEST := $(CORE) accelerate daft duckdb opacus flwr pytest xdist pytest_timeout build hatchling sklearn scipy transformers tensorboard
+TEST := $(CORE) accelerate daft gensim duckdb opacus flwr pytest xdist pytest_timeout build hatchling sklearn scipy transformers tensorboard
 BENCH := $(TEST) ray
 DEV := $(TEST) latex2mathml ruff mypy pre_commit mkdocs material mkdocstrings
 
