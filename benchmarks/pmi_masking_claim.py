@@ -131,7 +131,7 @@ def features(model: MaskedLM, tokenizer: Any) -> np.ndarray:
 def noun_classes() -> tuple[np.ndarray, np.ndarray]:
     """Return the probe definitions (P,) of nouns under the ten largest of WordNet's branches, and their branch (P,).
 
-    A branch is what a synset's first hypernyms lead to, two steps below the root, `entity`.
+    A branch is what a synset's first hypernyms lead to, three steps below the root, `entity`.
     """
     synsets, probe = load_wordnet(), load_glosses()["probe"]
     above = [
